@@ -1,0 +1,64 @@
+# make demo and make test build their own environment in .venv first; nothing else has to be installed but Python 3.11 or newer.
+#
+#   make test PYTEST_ARGS="-k rms_norm"       hand arguments to pytest (likewise DEMO_ARGS, BENCH_ARGS)
+#   make test VENV= PYTHON=python3            use an interpreter that already has torch, triton, transformers and pytest (a GPU machine)
+
+PYTHON ?= python3
+VENV ?= .venv
+TRITON ?= triton==3.9.0
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+DEMO_ARGS ?=
+
+ifeq ($(strip $(VENV)),)
+PY := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+HAS_GPU := $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench clean
+
+help: ## what there is to make
+	@sed -n 's/^\([a-z]*\): .*## /make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+	@printf '\nmake test VENV= PYTHON=python3 uses an interpreter that has everything, instead of building %s.\n' '.venv'
+
+demo: $(READY) ## train a small Llama on real text, stock and patched, and compare (DEMO_ARGS="--help" lists the options)
+	@$(PY) examples/quickstart.py $(DEMO_ARGS)
+
+# On a CPU the tests share the cores, one thread each; a GPU is not shared between processes.
+test: $(READY) ## run the tests once
+	@if $(HAS_GPU); then $(PY) -m pytest -p no:benchmark tests $(PYTEST_ARGS); \
+	else OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n auto --maxprocesses 4 --dist worksteal tests $(PYTEST_ARGS); fi
+
+check: $(READY) ## lint, format and types, nothing changed
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+bench: $(READY) ## time the functions against their peers; needs a GPU
+	@if $(HAS_GPU); then $(PY) -m pytest tests/bench $(BENCH_ARGS); \
+	else echo 'make bench: no GPU here. The kernels run on a GPU only; a CPU would time the PyTorch references. Nothing was measured.' >&2; exit 1; fi
+
+clean: ## remove the environment, caches and what the demo wrote
+	@if [ -n "$(VENV)" ] && [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
+	@rm -rf out build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+# torch first and alone, so that no later requirement can choose another one.
+ifneq ($(READY),)
+$(READY): pyproject.toml constraints.txt
+	@if [ -e "$(VENV)" ] && [ ! -f "$(VENV)/pyvenv.cfg" ]; then \
+	    echo 'VENV=$(VENV) exists and is no virtual environment: name another folder, or remove it.' >&2; exit 1; fi
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo 'The pinned environment needs Python 3.11 or newer: make PYTHON=python3.12 …' >&2; exit 1; }
+	@echo 'Building the environment in $(VENV) (once, a few minutes)' >&2
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(PY) -m pip install -qq --constraint constraints.txt torch
+	@$(PY) -c 'import triton' 2>/dev/null || [ "$$(uname -s)" != Linux ] || $(PY) -m pip install -qq '$(TRITON)'
+	@$(PY) -m pip install -qq --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+endif

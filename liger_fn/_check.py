@@ -1,0 +1,95 @@
+"""Argument checks. Every error names the function, the rule, what came, and what to do about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def floating(op: str, **tensors: Tensor | None) -> None:
+    """Each given tensor is a strided float tensor of a dtype that the kernels take."""
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.dtype not in FLOATS:
+            raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {t.dtype}; convert it with .to(torch.float32)")
+
+
+def same_device(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """Every other tensor lives where `x` does."""
+    for name, t in others.items():
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{op}: {name} must be on {x.device} like the first argument, got {t.device}; move it with .to({str(x.device)!r})")
+
+
+def shape(op: str, name: str, t: Tensor, want: tuple[int, ...], why: str) -> None:
+    """`t` has exactly the shape `want`."""
+    if tuple(t.shape) != tuple(want):
+        raise ValueError(f"{op}: {name} must have shape {list(want)} ({why}), got {list(t.shape)}")
+
+
+def choice(op: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """`value` is one of the named options."""
+    if value not in allowed:
+        raise ValueError(f"{op}: {name} must be one of {allowed}, got {value!r}")
+
+
+def no_grad_for(op: str, **tensors: Tensor | None) -> None:
+    """None of the tensors asks for a gradient that `op` does not compute."""
+    for name, t in tensors.items():
+        if t is not None and t.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: no gradient is computed for {name}; pass {name}.detach(), or use {op}.reference, which has one")
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in the precision of statistics: fp64 stays, everything else becomes fp32."""
+    return x if x.dtype is torch.float64 else x.float()
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of `wide(x)`."""
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def rank(op: str, name: str, t: Tensor, least: int) -> None:
+    """`t` has at least `least` axes."""
+    if t.dim() < least:
+        raise ValueError(f"{op}: {name} must have at least {least} axes, got shape {list(t.shape)}; add one with .unsqueeze(0)")
+
+
+def same_dtype(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """Every other tensor has the dtype of `x`."""
+    for name, t in others.items():
+        if t is not None and t.dtype is not x.dtype:
+            raise TypeError(f"{op}: {name} must be {x.dtype} like the first argument, got {t.dtype}; convert one with .to(...)")
+
+
+def at_least_one(op: str, what: str, size: int) -> None:
+    """An axis that the op reduces over is not empty."""
+    if size < 1:
+        raise ValueError(f"{op}: {what} must have at least 1 element, got {size}")
+
+
+def classes(op: str, target: Tensor, want: tuple[int, ...], why: str) -> Tensor:
+    """`target` holds class indices, of the shape `want`."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{op}: target must be a torch.Tensor, got {type(target).__name__}")
+    if target.is_floating_point() or target.is_complex() or target.dtype is torch.bool:
+        raise TypeError(f"{op}: target must hold class indices of an integer dtype, got {target.dtype}; convert it with .long()")
+    shape(op, "target", target, want, why)
+    return target
+
+
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in the dtype that a matrix product takes under an active autocast; as they are otherwise."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype is torch.float64:
+        return (x, *others)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None else t.to(dtype) for t in (x, *others))

@@ -1,0 +1,100 @@
+"""Launching kernels: the device guard, block sizes, warps and row views; and a recorder that sees each launch without making it.
+
+Kernels compute offsets in 64 bits (`tl.program_id(0).to(tl.int64)`), so a tensor may hold more than 2^31 elements.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+tl: Any
+jit: Callable[[Callable[..., Any]], Any]
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+    HAS_TRITON = True
+except ImportError:  # Windows, Mac, or a CPU-only install: the reference backend runs
+
+    def jit(fn: Callable[..., Any]) -> Any:
+        return fn
+
+    tl = SimpleNamespace(constexpr=int)
+    HAS_TRITON = False
+
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+class Launch(NamedTuple):
+    """One recorded launch: what the compiler would be asked for."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    meta: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Collect the launches made inside the block instead of making them, so that meta tensors can tell what a GPU would be asked to run."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any) -> None:
+    """Run `kernel[grid](*args, **meta)` on `device`, which need not be the current one. An empty grid launches nothing."""
+    if 0 in grid:
+        return
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, args, meta))
+    elif device.type == "cpu" or device.index == torch.accelerator.current_device_index():
+        kernel[grid](*args, **meta)
+    else:
+        with torch.get_device_module(device.type).device(device):
+            kernel[grid](*args, **meta)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of `device`; a fixed number where there is none to ask, so that the interpreter walks the same loops."""
+    if device.type in ("cpu", "meta"):
+        return 4
+    properties = torch.get_device_module(device.type).get_device_properties(device)
+    return int(getattr(properties, "multi_processor_count", 0) or properties.gpu_eu_count)
+
+
+def cdiv(a: int, b: int) -> int:
+    """ceil(a / b)."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least `n`."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def warps(tile: int, per_warp: int = 512) -> int:
+    """Warps for a program that holds `tile` elements: `per_warp` elements each, between 1 and 32 warps."""
+    return max(1, min(32, tile // per_warp))
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """`x` as [rows, last axis] with unit stride in the last axis; a view where the strides allow one, else a copy."""
+    rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    return rows if rows.stride(-1) == 1 else rows.contiguous()

@@ -1,0 +1,194 @@
+r"""The rows of a cross entropy: log-sum-exp, loss and gradient of each row of logits, as cross entropy and linear cross entropy share them.
+
+    lse = log Σ_j exp(a_j)        loss = lse − a_y        da_j = scale (exp(a_j − lse) − [j = y])
+
+A row whose target y is `ignore_index` has loss 0 and gradient 0, whatever its logits. A row whose target is outside [0, V) has loss and
+gradient NaN: never a read out of bounds, never a plausible number. Scale is a cotangent, over a count where the loss is a mean.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ._check import wide
+from ._launch import as_rows, jit, launch, next_power_of_2, tl
+
+BLOCK = 16384  # columns a program reads at a time; a row of up to 256 KB is still in L2 when it is read again
+
+
+class Rows(Protocol):
+    """One implementation of the row functions, which write to `loss`, `lse` and `grad` where these are given."""
+
+    def __call__(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        ignore_index: int,
+        *,
+        lse: Tensor,
+        loss: Tensor | None = None,
+        grad: Tensor | None = None,
+        scale: Tensor | None = None,
+        count: Tensor | None = None,
+    ) -> None:
+        """
+        Args:
+            logits: `[N, V]`. target: `[N]`.
+            lse: `[N]`, written when `loss` is given, else read.
+            loss: `[N]`, written.
+            grad: `[N, V]`, written; may be `logits` itself.
+            scale: `[N]` or one element, the cotangent; 1 when absent. count: one element, divides it.
+        """
+
+
+class Valid(NamedTuple):
+    """Which rows count: `counted` and `wrong` are masks, `index` is always a legal column."""
+
+    counted: Tensor
+    wrong: Tensor
+    index: Tensor
+
+
+def _valid(target: Tensor, ignore_index: int, v: int) -> Valid:
+    counted = target != ignore_index
+    wrong = counted & ((target < 0) | (target >= v))
+    return Valid(counted, wrong, target.long().clamp(0, v - 1))
+
+
+def losses(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """The definition: `[N]` losses, differentiable plain PyTorch."""
+    a = wide(logits)
+    counted, wrong, index = _valid(target, ignore_index, a.shape[-1])
+    each = a.logsumexp(-1) - a.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    nothing = torch.zeros((), dtype=a.dtype, device=a.device)
+    return torch.where(counted, torch.where(wrong, torch.nan, each), nothing)
+
+
+def plain_rows(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    *,
+    lse: Tensor,
+    loss: Tensor | None = None,
+    grad: Tensor | None = None,
+    scale: Tensor | None = None,
+    count: Tensor | None = None,
+) -> None:
+    """`Rows` in plain PyTorch."""
+    a = wide(logits)
+    counted, wrong, index = _valid(target, ignore_index, a.shape[-1])
+    if loss is not None:
+        lse.copy_(a.logsumexp(-1))
+        loss.copy_(losses(logits, target, ignore_index))
+    if grad is not None:
+        p = torch.exp(a - lse.unsqueeze(-1))
+        p.scatter_add_(-1, index.unsqueeze(-1), p.new_full((len(p), 1), -1.0))
+        if scale is not None:
+            p *= scale.unsqueeze(-1)
+        if count is not None:
+            p /= count
+        p.masked_fill_(wrong.unsqueeze(-1), torch.nan).masked_fill_(~counted.unsqueeze(-1), 0.0)
+        grad.copy_(p)
+
+
+@jit
+def _rows_kernel(
+    logits_ptr, target_ptr, lse_ptr, loss_ptr, grad_ptr, scale_ptr, count_ptr, stride, target_stride, grad_stride, scale_stride,
+    V, ignore_index, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(target_ptr + row * target_stride).to(tl.int64)
+    counted = y != ignore_index
+    legal = (y >= 0) & (y < V)
+    a_at = logits_ptr + row * stride
+    block = tl.arange(0, BLOCK)
+    nan = float("nan")
+
+    if loss_ptr is not None:
+        lse = 0.0
+        loss = 0.0
+        if counted:
+            a_y = tl.load(a_at + y, mask=legal, other=nan).to(tl.float32)  # before the gradient may overwrite it
+            top = float("-inf")
+            total = 0.0
+            for start in range(0, V, BLOCK):
+                col = start + block
+                a = tl.load(a_at + col, mask=col < V, other=float("-inf")).to(tl.float32)
+                new = tl.maximum(top, tl.max(a, 0))
+                shift = tl.where(new == float("-inf"), 0.0, new)
+                total = total * tl.exp(top - shift) + tl.sum(tl.exp(a - shift), 0)
+                top = new
+            lse = tl.where(top == float("-inf"), top, top + tl.log(total))
+            loss = lse - a_y
+        tl.store(lse_ptr + row, lse)
+        tl.store(loss_ptr + row, loss)
+        tl.debug_barrier()  # every read of the target's logit is done
+    else:
+        lse = tl.load(lse_ptr + row)
+
+    if grad_ptr is not None:
+        scale = 1.0
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + row * scale_stride).to(tl.float32)
+        if count_ptr is not None:
+            scale = scale / tl.load(count_ptr).to(tl.float32)
+        scale = tl.where(legal, scale, nan)
+        for start in range(0, V, BLOCK):
+            col = start + block
+            if counted:
+                p = tl.exp(tl.load(a_at + col, mask=col < V, other=0.0).to(tl.float32) - lse)
+                p = tl.where(col == y, p - 1.0, p) * scale
+            else:
+                p = tl.zeros((BLOCK,), tl.float32)
+            tl.store(grad_ptr + row * grad_stride + col, p.to(grad_ptr.dtype.element_ty), mask=col < V)
+
+
+def kernel_rows(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    *,
+    lse: Tensor,
+    loss: Tensor | None = None,
+    grad: Tensor | None = None,
+    scale: Tensor | None = None,
+    count: Tensor | None = None,
+) -> None:
+    """`Rows` in one Triton launch."""
+    logits = as_rows(logits)
+    n, v = logits.shape
+    block = min(next_power_of_2(v), BLOCK)
+    launch(
+        _rows_kernel, (n,), logits.device,
+        logits, target, lse, loss, grad, scale, count, logits.stride(0), target.stride(0),
+        0 if grad is None else grad.stride(0), 0 if scale is None or scale.numel() == 1 else scale.stride(0), v, ignore_index,
+        BLOCK=block, num_warps=max(4, min(32, block // 512)),
+    )  # fmt: skip
+
+
+def check_targets(op: str, target: Tensor, ignore_index: int, v: int) -> None:
+    """On a CPU, where looking costs nothing: every target is a class or `ignore_index`. On a GPU such a row's loss is NaN instead."""
+    if target.device.type != "cpu" or target.numel() == 0:
+        return
+    wrong = target[_valid(target, ignore_index, v).wrong]
+    if wrong.numel():
+        raise ValueError(
+            f"{op}: every target must be in [0, {v}) or be ignore_index={ignore_index}, got {wrong[0].item()} "
+            f"({wrong.numel()} such targets); check the tokenizer's vocabulary size against the logits"
+        )
+
+
+def reduced(each: Tensor, count: Tensor | None, reduction: str, shape: torch.Size) -> Tensor:
+    """`[N]` losses as the reduction wants them; the mean over no valid target is 0."""
+    if reduction == "none":
+        return each.view(shape)
+    return each.sum() if count is None else each.sum() / count.clamp(min=1)
+
+
+def counted(target: Tensor, ignore_index: int, reduction: str) -> Tensor | None:
+    """How many targets a mean divides by, as a tensor so that no device has to wait; None for the other reductions."""
+    return (target != ignore_index).sum() if reduction == "mean" else None

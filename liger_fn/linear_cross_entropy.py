@@ -1,0 +1,275 @@
+r"""Linear cross entropy: the loss of a language model's head, without its logits.
+
+    a = x wᵀ + b                  loss = lse(a) − a_y               g = scale (softmax(a) − onehot(y))
+    dx = g w                      dw = gᵀ x                         db = Σ_rows g
+
+The rows of x go by in chunks, so that only one chunk's logits exist at a time. A reduced loss has one cotangent, a factor: its gradients
+are made in forward while the chunk's logits are at hand (three matrix products in all) and scaled in backward. Per-token losses have a
+cotangent each, known in backward only: there the logits are made again (four products). Chunks of dw are summed in fp32.
+
+Residuals: weight, and the unscaled gradients (reduced), or x, bias, target and lse (per token).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _check
+from ._check import wide
+from ._launch import cdiv, jit, launch, tl
+from ._loss_rows import Rows, check_targets, counted, kernel_rows, losses, plain_rows, reduced
+from ._vjp import Args, Needs, custom_vjp
+from .cross_entropy import REDUCTIONS, Reduction
+
+MEMORY_BUDGET = 256 * 2**20  # bytes of logits at a time: cuBLAS is near its ceiling there (H100)
+
+
+class Residuals(NamedTuple):
+    """What the backward of `linear_cross_entropy` needs: the gradients to scale, or the inputs to make them from."""
+
+    x: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+    lse: Tensor
+    count: Tensor | None
+    dx: Tensor | None
+    dweight: Tensor | None
+    dbias: Tensor | None
+    ignore_index: int
+    reduction: str
+    memory_budget: int
+
+
+# --- definition -------------------------------------------------------------------------------------------------------------------------
+
+
+def _reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, reduction: str, memory_budget: int
+) -> Tensor:  # fmt: skip
+    flat = target.reshape(-1)
+    each = losses(F.linear(x.reshape(-1, x.shape[-1]), weight, bias), flat, ignore_index)
+    return reduced(each, counted(flat, ignore_index, reduction), reduction, target.shape)
+
+
+# --- kernel -----------------------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _scale_kernel(made_ptr, factor_ptr, out_ptr, N, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    made = tl.load(made_ptr + at, mask=at < N, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, (made * tl.load(factor_ptr)).to(out_ptr.dtype.element_ty), mask=at < N)
+
+
+def _kernel_scale(made: Tensor, factor: Tensor, out: Tensor) -> None:
+    launch(_scale_kernel, (cdiv(made.numel(), 2048),), made.device, made, factor, out, made.numel(), BLOCK=2048, num_warps=8)
+
+
+def _plain_scale(made: Tensor, factor: Tensor, out: Tensor) -> None:
+    out.copy_(wide(made) * factor)  # a 0-dimensional factor would be rounded to made's dtype, were that half precision
+
+
+class _Parts(NamedTuple):
+    """What differs between the backends: the rows of a chunk, and the last scaling."""
+
+    rows: Rows
+    scale: Any
+
+
+# --- chunks -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _chunks(n: int, weight: Tensor, memory_budget: int) -> list[slice]:
+    """Slices of rows, even in size, whose logits fit the budget; one row where not even that fits."""
+    fit = max(1, memory_budget // (weight.shape[0] * weight.element_size()))
+    rows = cdiv(n, cdiv(n, fit)) if n else 1
+    rows = min(fit, cdiv(rows, 64) * 64)  # a multiple of a matrix product's tile, where that still fits
+    return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
+    out = buffer[: len(x)]
+    return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
+
+
+def _buffer(chunks: list[slice], weight: Tensor) -> Tensor:
+    return weight.new_empty(chunks[0].stop if chunks else 0, weight.shape[0])
+
+
+def _storage(t: Tensor) -> torch.dtype:
+    """The dtype that an unscaled gradient is kept in: its own, but fp32 for fp16, which a sum over many tokens could overflow."""
+    return torch.float32 if t.dtype is torch.float16 else t.dtype
+
+
+class _Sums:
+    """The gradients of one call, gathered chunk by chunk: dx by rows, dweight and dbias as sums in fp32, rounded once at the end."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs, single: bool) -> None:
+        self.x, self.weight = x, weight
+        self.dx = torch.empty_like(x) if needs[0] else None
+        self.dweight = torch.zeros_like(weight, dtype=_storage(weight) if single else _check.wide_dtype(weight)) if needs[1] else None
+        self.dbias = None if bias is None or not needs[2] else torch.zeros_like(bias, dtype=_check.wide_dtype(bias))
+
+    def add(self, at: slice, g: Tensor) -> None:
+        """Take in the gradient `g` of the logits of the rows `at`."""
+        if self.dx is not None:
+            torch.mm(g, self.weight, out=self.dx[at])
+        if self.dweight is not None:
+            if self.dweight.dtype is g.dtype:
+                self.dweight.addmm_(g.T, self.x[at])
+            elif g.device.type == "cuda":
+                torch.addmm(self.dweight, g.T, self.x[at], out=self.dweight, out_dtype=torch.float32)
+            else:
+                self.dweight.addmm_(g.T.float(), self.x[at].float())
+        if self.dbias is not None:
+            self.dbias += g.sum(0, dtype=self.dbias.dtype)
+
+
+# --- forward and backward ---------------------------------------------------------------------------------------------------------------
+
+
+def _outputs(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, reduction: str, memory_budget: int, needs: Needs
+) -> Args:  # fmt: skip
+    wide = _check.wide_dtype(x)
+    y = x.new_empty(target.shape if reduction == "none" else (), dtype=wide)
+    count = target.new_empty((), dtype=torch.int64) if reduction == "mean" else None
+    made = [None if t is None or not n or reduction == "none" else t for t, n in zip((x, weight, bias), needs, strict=True)]
+    dx, dweight, dbias = (t if t is None else t.new_empty(t.shape, dtype=_storage(t) if i else t.dtype) for i, t in enumerate(made))
+    return y, x.new_empty(target.numel(), dtype=wide), count, dx, dweight, dbias
+
+
+def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:
+    like = (res.x if res.reduction == "none" else res.dx), res.weight, res.bias
+    return tuple(t.new_empty(t.shape) if t is not None and n else None for t, n in zip(like, needs, strict=True))
+
+
+def _fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, reduction: str, memory_budget: int, needs: Needs,
+    parts: _Parts,
+) -> tuple[Tensor, Residuals]:  # fmt: skip
+    rows, flat = x.reshape(-1, x.shape[-1]), target.reshape(-1)
+    check_targets("linear_cross_entropy", flat, ignore_index, weight.shape[0])
+    chunks = _chunks(len(rows), weight, memory_budget)
+    buffer = _buffer(chunks, weight)
+    each = rows.new_empty(len(rows), dtype=_check.wide_dtype(x))
+    lse = torch.empty_like(each)
+    now = any(needs) and reduction != "none"  # the gradients are made here, and only scaled in backward
+    sums = _Sums(rows, weight, bias, needs if now else (False,) * 3, len(chunks) == 1)
+    for at in chunks:
+        a = _logits(rows[at], weight, bias, buffer)
+        parts.rows(a, flat[at], ignore_index, lse=lse[at], loss=each[at], grad=a if now else None)
+        if now:
+            sums.add(at, a)
+    count = counted(flat, ignore_index, reduction)
+    dx = None if sums.dx is None else sums.dx.view(x.shape)
+    dweight = None if sums.dweight is None else sums.dweight.to(_storage(weight))
+    dbias = None if sums.dbias is None or bias is None else sums.dbias.to(_storage(bias))
+    res = Residuals(
+        x if reduction == "none" else None, weight, bias, target, lse, count, dx, dweight, dbias, ignore_index, reduction, memory_budget
+    )  # fmt: skip
+    return reduced(each, count, reduction, target.shape), res
+
+
+def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, parts: _Parts) -> tuple[Tensor | None, ...]:
+    if res.reduction == "none":
+        return _bwd_each(res, dy, needs, parts)
+    factor = dy if res.count is None or res.reduction == "sum" else dy / res.count.clamp(min=1)
+    grads = []
+    for made, like, need in zip((res.dx, res.dweight, res.dbias), (res.dx, res.weight, res.bias), needs, strict=True):
+        out = None
+        if need and made is not None and like is not None:
+            out = made if donate and made.dtype is like.dtype else torch.empty_like(made, dtype=like.dtype)
+            parts.scale(made, factor, out)
+        grads.append(out)
+    return tuple(grads)
+
+
+def _bwd_each(res: Residuals, dy: Tensor, needs: Needs, parts: _Parts) -> tuple[Tensor | None, ...]:
+    """A cotangent for each token: make the logits again, and from them the gradients."""
+    x, weight, bias, target, lse = res[:5]
+    rows, flat, scale = x.reshape(-1, x.shape[-1]), target.reshape(-1), dy.reshape(-1)
+    chunks = _chunks(len(rows), weight, res.memory_budget)
+    buffer = _buffer(chunks, weight)
+    sums = _Sums(rows, weight, bias, needs, len(chunks) == 1)
+    for at in chunks:
+        a = _logits(rows[at], weight, bias, buffer)
+        parts.rows(a, flat[at], res.ignore_index, lse=lse[at], grad=a, scale=scale[at])
+        sums.add(at, a)
+    dx = None if sums.dx is None else sums.dx.view(x.shape)
+    dweight = None if sums.dweight is None else sums.dweight.to(weight.dtype)
+    return dx, dweight, None if sums.dbias is None or bias is None else sums.dbias.to(bias.dtype)
+
+
+_KERNELS = _Parts(kernel_rows, _kernel_scale)
+_PLAIN = _Parts(plain_rows, _plain_scale)
+
+# --- public function --------------------------------------------------------------------------------------------------------------------
+
+
+@custom_vjp(
+    residuals=Residuals,
+    kernels=(partial(_fwd, parts=_KERNELS), partial(_bwd, parts=_KERNELS)),
+    plain=(partial(_fwd, parts=_PLAIN), partial(_bwd, parts=_PLAIN)),
+    reference=_reference,
+    outputs=_outputs,
+    gradients=_gradients,
+    diff=3,
+)
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    memory_budget: int = MEMORY_BUDGET,
+) -> Args:
+    r"""`cross_entropy(x weightᵀ + bias, target)`, in nats, without ever holding all the logits.
+
+    Args:
+        x: `[..., H]`; float32, bfloat16, float16 (kernels) or float64 (plain PyTorch).
+        weight: `[V, H]`, of x's dtype. target: `[...]`, integers in [0, V), or `ignore_index` where a row does not count.
+        bias: `[V]`, of x's dtype, or None.
+        ignore_index: the target of rows that have no loss and no gradient.
+        reduction: "mean" over the rows that count (0 when none does), "sum", or "none" for one loss each, whose gradients honour one
+            cotangent each and cost a fourth matrix product.
+        memory_budget: bytes of logits that may exist at a time (at least one row's). Less is slower once a chunk has few hundred rows.
+
+    Under autocast, x, weight and bias take part in the dtype that a matrix product would take.
+
+    Returns:
+        The loss, fp32 (fp64 for fp64 inputs): a scalar, or of target's shape for "none". Gradients: x, weight and bias; what asks for none
+        costs nothing.
+
+    Raises:
+        TypeError: a tensor is not of a float dtype, dtypes differ, target is not of an integer dtype.
+        ValueError: a shape does not fit, devices differ, unknown reduction, memory_budget below 1; on a CPU also a target outside [0, V).
+            On a GPU, where looking would make the host wait, such a row's loss and gradient are NaN.
+
+    Example:
+        >>> liger_fn.linear_cross_entropy(torch.zeros(2, 4), torch.ones(8, 4), torch.tensor([3, -100]))
+        tensor(2.0794)
+    """
+    op = "linear_cross_entropy"
+    _check.floating(op, x=x, weight=weight, bias=bias)
+    _check.rank(op, "x", x, 1)
+    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"{op}: weight must be [V, {x.shape[-1]}] (vocabulary, last axis of x) with V at least 1, got {list(weight.shape)}")
+    if bias is not None:
+        _check.shape(op, "bias", bias, weight.shape[:1], "the first axis of weight")
+    target = _check.classes(op, target, x.shape[:-1], "x without its last axis")
+    _check.same_device(op, x, weight=weight, bias=bias, target=target)
+    _check.choice(op, "reduction", reduction, REDUCTIONS)
+    if memory_budget < 1:
+        raise ValueError(f"{op}: memory_budget is in bytes and must be at least 1, got {memory_budget}; the default is {MEMORY_BUDGET}")
+    x, weight, bias = _check.autocast(x, weight, bias)
+    _check.same_dtype(op, x, weight=weight, bias=bias)
+    return x, weight, bias, target, int(ignore_index), reduction, int(memory_budget)

@@ -1,0 +1,211 @@
+r"""RMSNorm: divide each row by its root mean square, then scale.
+
+    r = rsqrt(mean(x²) + eps)        y = x r (w + offset)
+    g = dy (w + offset)              dx = r g − x r³ mean(g x)          dw = Σ_rows dy x r
+
+Residuals: x, w, and r in fp32, one per row. Source: Zhang & Sennrich 2019, arXiv:1910.07467.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _check
+from ._check import wide
+from ._launch import as_rows, cdiv, jit, launch, next_power_of_2, processors, tl, warps
+from ._reduce import sum_rows
+from ._vjp import Args, Needs, custom_vjp
+
+WIDEST = 65536  # columns one program can hold
+Cast = Literal["llama", "gemma", "none"]
+
+
+class Residuals(NamedTuple):
+    """What the backward of `rms_norm` needs."""
+
+    x: Tensor
+    weight: Tensor | None
+    rstd: Tensor
+    offset: float
+    cast: str
+
+
+# --- definition -------------------------------------------------------------------------------------------------------------------------
+
+
+def _reference(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str) -> Tensor:
+    h = x if cast == "none" else wide(x)
+    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    if cast == "llama":  # round to x's dtype first, then scale in the dtype that x and weight promote to
+        h = h.to(x.dtype)
+        return h if weight is None else h * (weight + offset)
+    if weight is not None:
+        h = h * ((weight if cast == "none" else wide(weight)) + offset)
+    return h.to(x.dtype) if cast == "gemma" else h
+
+
+def _rstd(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(wide(x).square().mean(-1, keepdim=True) + eps)
+
+
+def _plain_fwd(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str, needs: Needs) -> tuple[Tensor, Residuals]:
+    y = _reference(x, weight, eps, offset, cast)
+    return y, Residuals(x, weight, _rstd(x, eps).flatten(), offset, cast)
+
+
+def _plain_bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor | None, Tensor | None]:
+    x, weight, rstd, offset, _ = res
+    r, dyw, xw = rstd.view(*x.shape[:-1], 1), wide(dy), wide(x)
+    dx = dw = None
+    if needs[0]:
+        g = dyw if weight is None else dyw * (wide(weight) + offset)
+        dx = (r * g - xw * r**3 * (g * xw).mean(-1, keepdim=True)).to(x.dtype)
+    if needs[1] and weight is not None:
+        dw = (dyw * xw * r).flatten(0, -2).sum(0).to(weight.dtype)
+    return dx, dw
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _fwd_kernel(x_ptr, w_ptr, y_ptr, r_ptr, stride, N, H, eps, offset, LLAMA: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)[None, :]
+    keep = (row < N)[:, None] & (col < H)
+    x = tl.load(x_ptr + row[:, None] * stride + col, mask=keep, other=0.0).to(tl.float32)
+    r = 1.0 / tl.sqrt(tl.sum(x * x, 1) / H + eps)
+    y = x * r[:, None]
+    if LLAMA:
+        y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
+    if w_ptr is not None:
+        y *= tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32) + offset
+    tl.store(y_ptr + row[:, None] * H + col, y.to(y_ptr.dtype.element_ty), mask=keep)
+    tl.store(r_ptr + row, r, mask=row < N)
+
+
+@jit
+def _bwd_kernel(
+    dy_ptr, x_ptr, w_ptr, r_ptr, dx_ptr, dw_ptr, dy_stride, stride, N, H, offset, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    pid = tl.program_id(0)
+    col = tl.arange(0, BLOCK)[None, :]
+    if w_ptr is not None:
+        w = tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32) + offset
+    dw = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(pid * ROWS, N, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS).to(tl.int64)
+        keep = (row < N)[:, None] & (col < H)
+        x = tl.load(x_ptr + row[:, None] * stride + col, mask=keep, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row[:, None] * dy_stride + col, mask=keep, other=0.0).to(tl.float32)
+        r = tl.load(r_ptr + row, mask=row < N, other=0.0)[:, None]
+        xr = x * r
+        if dx_ptr is not None:
+            g = dy
+            if w_ptr is not None:
+                g = dy * w
+            dx = r * (g - xr * (tl.sum(g * xr, 1) / H)[:, None])
+            tl.store(dx_ptr + row[:, None] * H + col, dx.to(dx_ptr.dtype.element_ty), mask=keep)
+        if dw_ptr is not None:
+            dw += dy * xr
+    if dw_ptr is not None:
+        tl.store(dw_ptr + pid.to(tl.int64) * H + col, tl.sum(dw, 0)[None, :], mask=col < H)
+
+
+# --- forward and backward ---------------------------------------------------------------------------------------------------------------
+
+
+def _tile(h: int) -> tuple[int, int]:
+    """(rows, columns) one program holds: one wide row, or several short ones."""
+    block = next_power_of_2(h)
+    return max(1, 2048 // block), block
+
+
+def _outputs(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str, needs: Needs) -> tuple[Tensor, Tensor]:
+    dtype = x.dtype if weight is None or cast == "gemma" else torch.promote_types(x.dtype, weight.dtype)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1].numel(), dtype=_check.wide_dtype(x))
+
+
+def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
+    x, weight = res.x, res.weight
+    return x.new_empty(x.shape) if needs[0] else None, torch.empty_like(weight) if needs[1] and weight is not None else None
+
+
+def _fwd(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str, needs: Needs) -> tuple[Tensor, Residuals]:
+    y, rstd = _outputs(x, weight, eps, offset, cast, needs)
+    rows, h = as_rows(x), x.shape[-1]
+    tile, block = _tile(h)
+    launch(
+        _fwd_kernel, (cdiv(len(rows), tile),), x.device,
+        rows, weight, y, rstd, rows.stride(0), len(rows), h, eps, offset,
+        LLAMA=cast == "llama", ROWS=tile, BLOCK=block, num_warps=warps(tile * block),
+    )  # fmt: skip
+    return y, Residuals(x, weight, rstd, offset, cast)
+
+
+def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor | None, Tensor | None]:
+    x, weight, rstd, offset, _ = res
+    rows, dys, h = as_rows(x), as_rows(dy), x.shape[-1]
+    tile, block = _tile(h)
+    programs = min(cdiv(len(rows), tile), 2 * processors(x.device))
+    dx, dw = _gradients(res, dy, needs)
+    parts = None if dw is None else rstd.new_empty(programs, h)
+    launch(
+        _bwd_kernel, (programs,), x.device,
+        dys, rows, weight, rstd, dx, parts, dys.stride(0), rows.stride(0), len(rows), h, offset,
+        ROWS=tile, BLOCK=block, num_warps=warps(tile * block),
+    )  # fmt: skip
+    if dw is not None:
+        sum_rows(parts, dw)
+    return dx, dw
+
+
+# --- public function --------------------------------------------------------------------------------------------------------------------
+
+
+@custom_vjp(
+    residuals=Residuals,
+    kernels=(_fwd, _bwd),
+    plain=(_plain_fwd, _plain_bwd),
+    reference=_reference,
+    outputs=_outputs,
+    gradients=_gradients,
+    diff=2,
+)
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0, cast: Cast = "llama") -> Args:
+    r"""RMSNorm over the last axis: `y = x rsqrt(mean(x²) + eps) (weight + offset)`.
+
+    Args:
+        x: `[..., H]`, any strides, H at most 65536; float32, bfloat16, float16 (kernels) or float64 (plain PyTorch).
+        weight: `[H]`, or None for no scale.
+        eps: added to the mean square.
+        offset: added to the weight; 1 for the Gemma family, whose weights are stored around zero.
+        cast: where values are rounded. "llama": the normalised row is rounded to x's dtype, then scaled, and y has the dtype that x and
+            weight promote to. "gemma": nothing is rounded before y, which has x's dtype. "none": nothing is rounded before y, which has
+            the promoted dtype. Statistics are fp32 in all three.
+
+    Returns:
+        y, of x's shape. Gradients: x and weight.
+
+    Raises:
+        TypeError: a tensor is not of a float dtype.
+        ValueError: weight is not `[H]`, tensors are on different devices, H is over 65536 or zero, x is 0-dimensional, unknown `cast`.
+
+    Example:
+        >>> liger_fn.rms_norm(torch.tensor([[3.0, 4.0]]), eps=0.0)
+        tensor([[0.8485, 1.1314]])
+
+    Source: Zhang & Sennrich 2019, arXiv:1910.07467.
+    """
+    _check.floating("rms_norm", x=x, weight=weight)
+    if x.dim() == 0 or not 0 < x.shape[-1] <= WIDEST:
+        raise ValueError(f"rms_norm: the last axis of x must have 1 to {WIDEST} elements, got shape {list(x.shape)}; for more use rms_norm.reference")
+    if weight is not None:
+        _check.shape("rms_norm", "weight", weight, x.shape[-1:], "the last axis of x")
+        _check.same_device("rms_norm", x, weight=weight)
+        weight = weight.contiguous()
+    _check.choice("rms_norm", "cast", cast, ("llama", "gemma", "none"))
+    return x, weight, float(eps), float(offset), cast

@@ -1,0 +1,29 @@
+"""Losses as modules, for code that holds its loss as an object."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+import liger_fn
+from liger_fn.cross_entropy import Reduction
+
+
+class CrossEntropyLoss(nn.Module):
+    """`liger_fn.cross_entropy` with its options held: `loss_fn(logits, target)`."""
+
+    def __init__(self, *, ignore_index: int = -100, reduction: Reduction = "mean") -> None:
+        super().__init__()
+        self.ignore_index, self.reduction = ignore_index, reduction
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return liger_fn.cross_entropy(logits, target, ignore_index=self.ignore_index, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+
+
+class LinearCrossEntropyLoss(CrossEntropyLoss):
+    """`liger_fn.linear_cross_entropy` with its options held: `loss_fn(head.weight, x, target, head.bias)`, the weight first."""
+
+    def forward(self, weight: Tensor, x: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return liger_fn.linear_cross_entropy(x, weight, target, bias, ignore_index=self.ignore_index, reduction=self.reduction)

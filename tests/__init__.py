@@ -1,0 +1,1 @@
+"""The tests. `tests.cases` and `tests.contract` are what a new op's test file is made of."""

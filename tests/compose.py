@@ -1,0 +1,186 @@
+"""The part of the contract that is about others: torch.func, compilers, export, checkpointing, autocast.
+
+An op is opaque to all of them, so each must return the very bits that eager autograd returns.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, vjp, vmap
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from .cases import BF16, FP32, Table
+from .numerics import assert_same_bits
+from .sample import Sample, Tensors, gradients
+
+
+class Composes:
+    """Tests of one op, whose subclass names its table."""
+
+    table: ClassVar[Table]
+
+    def sample(self, device: torch.device, dtype: torch.dtype = BF16, seed: int = 0) -> Sample:
+        return Sample(self.table, self.table.typical, dtype, device, seed)
+
+    # --- torch.func -------------------------------------------------------------------------------------------------------------------
+
+    def test_func_grad_and_vjp(self, backend: str, device: torch.device) -> None:
+        s = self.sample(device)
+        values, grads = s.ours()
+        every = tuple(range(len(s.wrt)))
+        assert_same_bits(grad(s.loss(), argnums=every)(*s.tensors), grads, "func.grad")
+        for i, name in enumerate(s.wrt):
+            assert_same_bits(grad(s.loss(), argnums=(i,))(*s.tensors), grads[i : i + 1], f"func.grad of {name} alone")
+        ys, pull = vjp(s.f(), *s.tensors)
+        assert_same_bits(ys, values, "value of func.vjp")
+        assert_same_bits(pull(s.cots), grads, "func.vjp")
+
+    def test_vmap(self, backend: str, device: torch.device) -> None:
+        """Every tensor batched, then only the first; the batch axis first, then last."""
+        many = [self.sample(device, seed=i) for i in range(3)]
+        s = many[0]
+        names = [k for k, t in s.inputs.items() if t is not None]
+        for axis in (0, -1):
+            stacked = [torch.stack([m.inputs[k] for m in many], axis) for k in names]  # type: ignore[misc]
+            got = vmap(s.f(names=names), in_dims=axis)(*stacked)
+            assert_same_bits(got, stack([m.call(m.op) for m in many]), f"vmap over axis {axis}")
+            first = stacked[0]
+            got = vmap(s.f(names=names[:1]), in_dims=axis)(first)
+            assert_same_bits(got, stack([s.call(s.op, **{names[0]: m.inputs[names[0]]}) for m in many]), "vmap over the first argument")
+
+    def test_vmap_of_grad_and_grad_of_vmap(self, backend: str, device: torch.device) -> None:
+        many = [self.sample(device, seed=i) for i in range(3)]
+        s = many[0]
+        every = tuple(range(len(s.wrt)))
+        stacked = [torch.stack(ts) for ts in zip(*(m.tensors for m in many), strict=True)]
+        want = stack([gradients(s.f(), m.tensors, s.cots)[1] for m in many])
+        assert_same_bits(vmap(grad(s.loss(), argnums=every))(*stacked), want, "vmap of grad")
+        assert_same_bits(grad(lambda *ts: vmap(s.loss())(*ts).sum(), argnums=every)(*stacked), want, "grad of vmap")
+
+    # --- compilers --------------------------------------------------------------------------------------------------------------------
+
+    def compiled_equals_eager(self, s: Sample, compiler: str) -> None:
+        compiled = torch.compile(s.f(), fullgraph=True, backend=compiler, dynamic=False)
+        values, grads = s.ours()
+        got, got_grads = gradients(compiled, s.tensors, s.cots)
+        assert_same_bits(got, values, f"value compiled by {compiler}")
+        assert_same_bits(got_grads, grads, f"gradient compiled by {compiler}")
+        with torch.no_grad():
+            assert_same_bits(compiled(*s.tensors), values, f"value compiled by {compiler} under no_grad")
+
+    @pytest.mark.usefixtures("fresh_compiler")
+    def test_compile(self, backend: str, device: torch.device) -> None:
+        self.compiled_equals_eager(self.sample(device), "aot_eager")
+
+    @pytest.mark.usefixtures("fresh_compiler")
+    def test_compile_inductor(self, device: torch.device) -> None:
+        self.compiled_equals_eager(self.sample(device), "inductor")
+
+    @pytest.mark.usefixtures("fresh_compiler")
+    def test_compile_without_some_gradients(self, backend: str, device: torch.device) -> None:
+        s = self.sample(device)
+        for i, name in enumerate(s.wrt):
+            def one(x: Tensor, i: int = i) -> Tensors:
+                return s.f()(*s.tensors[:i], x, *s.tensors[i + 1 :])
+
+            got = gradients(torch.compile(one, fullgraph=True, backend="aot_eager"), s.tensors[i : i + 1], s.cots)
+            assert_same_bits(got[1], s.ours()[1][i : i + 1], f"compiled gradient of {name} alone")
+
+    @pytest.mark.usefixtures("fresh_compiler")
+    def test_compile_dynamic(self, backend: str, device: torch.device) -> None:
+        """Three sizes cost two compilations at most: one for the first, one for every other."""
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        op, samples = None, [Sample(self.table, self.table.sized(n), BF16, device) for n in (5, 7, 11, 4)]
+        op = samples[0].op
+        options = samples[0].options
+        names = [k for k, t in samples[0].inputs.items() if t is not None]
+
+        @torch.compile(fullgraph=True, backend=counter)
+        def compiled(*tensors: Tensor) -> Any:
+            return op(**dict(zip(names, tensors, strict=True)), **options)
+
+        for s in samples:
+            leaves = {k: s.inputs[k].detach().requires_grad_(k in s.wrt) for k in names}  # type: ignore[union-attr]
+            y = compiled(*leaves.values())
+            ys = y if isinstance(y, tuple) else (y,)
+            values, grads = s.ours()
+            assert_same_bits([y.detach() for y in ys], values, "value")
+            assert_same_bits(torch.autograd.grad(ys, [leaves[k] for k in s.wrt], s.cots), grads, "gradient")
+        assert counter.frame_count <= 2, f"compiled {counter.frame_count} times for {len(samples)} sizes"
+
+    @pytest.mark.usefixtures("fresh_compiler")
+    def test_compile_of_func_grad(self, backend: str, device: torch.device) -> None:
+        s = self.sample(device)
+        every = tuple(range(len(s.wrt)))
+        compiled = torch.compile(lambda *ts: grad(s.loss(), argnums=every)(*ts), fullgraph=True, backend="aot_eager")
+        assert_same_bits(compiled(*s.tensors), s.ours()[1], "compiled func.grad")
+
+    @pytest.mark.usefixtures("fresh_compiler")
+    def test_export(self, backend: str, device: torch.device) -> None:
+        s = self.sample(device)
+
+        class Model(torch.nn.Module):
+            def forward(self, *tensors: Tensor) -> Tensors:
+                return s.f()(*tensors)
+
+        program = torch.export.export(Model(), s.tensors)
+        assert_same_bits(program.module()(*s.tensors), s.call(s.op), "value exported")
+
+    # --- checkpointing and autocast -----------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_checkpoint(self, backend: str, reentrant: bool, device: torch.device) -> None:
+        s = self.sample(device)
+        leaves = [t.detach().requires_grad_() for t in s.tensors]
+        ys = checkpoint(s.f(), *leaves, use_reentrant=reentrant)
+        values, grads = s.ours()
+        assert_same_bits([y.detach() for y in ys], values, "value under checkpoint")
+        torch.autograd.backward(ys, s.cots)
+        assert_same_bits([t.grad for t in leaves], grads, "gradient under checkpoint")
+
+    @pytest.mark.parametrize("saved", [True, False])
+    def test_selective_checkpoint(self, backend: str, saved: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A policy names the operator; the forward then runs once where its outputs are saved, and twice where they are not."""
+        s = self.sample(device)
+        want = s.ours()
+        operator = getattr(torch.ops.liger_fn, f"{self.table.op}_fwd").default
+        runs: list[bool] = []
+        run = type(s.op)._run_fwd
+        monkeypatch.setattr(type(s.op), "_run_fwd", lambda *args: runs.append(True) or run(*args))
+
+        def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+            return CheckpointPolicy.MUST_SAVE if saved and op is operator else CheckpointPolicy.PREFER_RECOMPUTE
+
+        def f(*tensors: Tensor) -> Tensors:
+            return checkpoint(
+                s.f(), *tensors, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy)
+            )  # fmt: skip
+
+        got = gradients(f, s.tensors, s.cots)
+        assert len(runs) == (1 if saved else 2)
+        for a, b, what in zip(got, want, ("value", "gradient"), strict=True):
+            assert_same_bits(a, b, f"{what} under selective checkpoint")
+
+    @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+    def test_autocast(self, backend: str, dtype: torch.dtype, device: torch.device) -> None:
+        """Autocast changes nothing: the inputs' dtypes decide, whatever is active around the call, forward or backward."""
+        s = self.sample(device, dtype)
+        want = s.ours()
+        with torch.autocast(device.type, torch.bfloat16):
+            inside = s.ours()
+            leaves = [t.detach().requires_grad_() for t in s.tensors]
+            ys = s.f()(*leaves)
+            through = vjp(s.f(), *s.tensors)[1](s.cots)
+        outside = torch.autograd.grad(ys, leaves, s.cots)
+        assert_same_bits(inside[0], want[0], "value in autocast")
+        for grads, where in ((inside[1], "in autocast"), (outside, "of a forward in autocast"), (through, "of func.vjp in autocast")):
+            assert_same_bits(grads, want[1], f"gradient {where}")
+        assert [g.dtype for g in outside] == [t.dtype for t in s.tensors]
+
+
+def stack(samples: list[Tensors]) -> Tensors:
+    return tuple(torch.stack(ts) for ts in zip(*samples, strict=True))

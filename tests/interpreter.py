@@ -1,0 +1,32 @@
+"""Mends Triton's interpreter where it does not do what the hardware does.
+
+Its conversion of fp32 to bf16 cuts the low bits off, where every GPU rounds to nearest even: held to the numerics rule, a kernel could
+then not pass however right it is. Only that conversion, and its exact inverse, are replaced.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def round_bf16() -> None:
+    """From now on, interpreted kernels round to bf16 as compiled ones do."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def exact(x: Any, of: Any, to: Any, rounding: Any) -> Any:
+        if of == tl.float32 and to == tl.bfloat16:
+            bits = x.view(np.uint32)
+            nearest = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16
+            quiet = (bits >> 16) | np.uint32(0x40)
+            nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+            return np.where(nan, quiet, nearest).astype(np.uint16)
+        if of == tl.bfloat16 and to == tl.float32:
+            return x.astype(np.uint32) << np.uint32(16)
+        return convert(x, of, to, rounding)
+
+    interpreter._convert_float = exact

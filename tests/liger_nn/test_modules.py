@@ -1,0 +1,69 @@
+"""The modules add parameters and names to the functions, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import liger_fn
+import liger_nn
+
+transformers = pytest.importorskip("transformers")
+
+
+def test_rms_norm_is_the_function(device: torch.device) -> None:
+    norm = liger_nn.RMSNorm(24, eps=1e-5, device=device)
+    nn.init.normal_(norm.weight)
+    x = torch.randn(3, 24, device=device)
+    assert torch.equal(norm(x), liger_fn.rms_norm(x, norm.weight, 1e-5))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm_starts_as_a_plain_norm(device: torch.device, offset: float) -> None:
+    x = torch.randn(3, 24, device=device)
+    norm = liger_nn.RMSNorm(24, offset=offset, cast="gemma", device=device)
+    assert torch.equal(norm(x), liger_nn.RMSNorm(24, cast="gemma", elementwise_affine=False, device=device)(x))
+
+
+def test_modules_load_hugging_face_weights(device: torch.device) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+    config = transformers.LlamaConfig(hidden_size=16, intermediate_size=40, mlp_bias=True)
+    x = torch.randn(2, 5, 16, device=device)
+    theirs_mlp, theirs_norm = LlamaMLP(config).to(device), LlamaRMSNorm(16, eps=1e-6).to(device)
+    nn.init.normal_(theirs_norm.weight)
+    ours_mlp, ours_norm = liger_nn.SwiGLUMLP.from_config(config, device=device), liger_nn.RMSNorm(16, device=device)
+    ours_mlp.load_state_dict(theirs_mlp.state_dict())
+    ours_norm.load_state_dict(theirs_norm.state_dict())
+    torch.testing.assert_close(ours_mlp(x), theirs_mlp(x))
+    torch.testing.assert_close(ours_norm(x), theirs_norm(x))
+
+
+def test_mlp_of_another_activation_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"hidden_act.*'gelu'"):
+        liger_nn.SwiGLUMLP.from_config(transformers.LlamaConfig(hidden_act="gelu"))
+
+
+def test_compose_your_own_model(device: torch.device) -> None:
+    """The example that the library's users start from: a head, a loss, a backward."""
+    model = nn.Linear(128, 256, device=device)
+    loss_fn = liger_nn.LinearCrossEntropyLoss()
+    x = torch.randn(4, 128, requires_grad=True, device=device)
+    target = torch.randint(256, (4,), device=device)
+    loss = loss_fn(model.weight, x, target)
+    loss.backward()
+    theirs = torch.nn.functional.cross_entropy(x @ model.weight.T, target)
+    torch.testing.assert_close(loss, theirs)
+    assert model.weight.grad is not None and x.grad is not None
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_losses_are_the_functions(device: torch.device, reduction: str) -> None:
+    x, w, b = (torch.randn(s, device=device) for s in ((6, 8), (11, 8), (11,)))
+    target = torch.tensor([0, 3, 7, -1, 10, 2], device=device)
+    held = {"ignore_index": -1, "reduction": reduction}
+    ours = liger_nn.LinearCrossEntropyLoss(**held)(w, x, target, b)
+    assert torch.equal(ours, liger_fn.linear_cross_entropy(x, w, target, b, **held))
+    logits = x @ w.T + b
+    assert torch.equal(liger_nn.CrossEntropyLoss(**held)(logits, target), liger_fn.cross_entropy(logits, target, **held))
