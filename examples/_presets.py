@@ -43,7 +43,7 @@ PRESETS = {
         ),
         Preset(
             "small", hidden=192, layers=4, heads=6, kv_heads=2, mlp=512, head=4096, vocab=4096, tied=False,
-            batch=8, seq=256, steps=100, warmup=5, every=10, lr=3e-3, corpus=3_000_000,
+            batch=8, seq=256, steps=60, warmup=5, every=6, lr=2e-3, corpus=3_000_000,
         ),
         # The shapes of Llama 3.2 1B. Its head is what fills the memory of stock training: 4 × 4096 × 128256 logits.
         Preset(

@@ -106,7 +106,7 @@ def plan(options: Options) -> list[Run]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; 0 if the patched losses are the stock losses within rounding, 1 if not or if a run failed."""
     options = parse(argv, liger_patch.supported(), __doc__)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     options.out.mkdir(parents=True, exist_ok=True)
     try:
         with Display(console) as display:

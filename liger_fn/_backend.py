@@ -70,6 +70,11 @@ def backend(x: Tensor) -> Backend:
     return choose(x, "backend")
 
 
+def autocasts(device: str) -> bool:
+    """Is autocast active for this type of device? (PyTorch has no answer for "meta".)"""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def without_autocast(device: str) -> Any:
     """A context in which an op's own PyTorch calls keep the dtypes they are written in, whatever autocast is active around the op."""
     return torch.autocast(device, enabled=False)

@@ -7,18 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._backend import autocasts
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def floating(op: str, **tensors: Tensor | None) -> None:
-    """Each given tensor is a strided float tensor of a dtype that the kernels take."""
+def floating(op: str, **tensors: Tensor) -> None:
+    """Each is a tensor of a float dtype that the kernels take."""
     for name, t in tensors.items():
-        if t is None:
-            continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
         if t.dtype not in FLOATS:
             raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {t.dtype}; convert it with .to(torch.float32)")
+
+
+def optional(op: str, **tensors: Tensor | None) -> None:
+    """Each is None, or a tensor of a float dtype that the kernels take."""
+    floating(op, **{name: t for name, t in tensors.items() if t is not None})
 
 
 def same_device(op: str, x: Tensor, **others: Tensor | None) -> None:
@@ -89,7 +94,7 @@ def classes(op: str, target: Tensor, want: tuple[int, ...], why: str) -> Tensor:
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in the dtype that a matrix product takes under an active autocast; as they are otherwise."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype is torch.float64:
+    if not autocasts(device) or x.dtype is torch.float64:
         return (x, *others)
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None else t.to(dtype) for t in (x, *others))

@@ -89,9 +89,12 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def warps(tile: int, per_warp: int = 512) -> int:
-    """Warps for a program that holds `tile` elements: `per_warp` elements each, between 1 and 32 warps."""
-    return max(1, min(32, tile // per_warp))
+MAX_WARPS = 16 if torch.version.hip else 32  # 1024 threads a block, of 64 or 32 to the warp
+
+
+def warps(tile: int, per_warp: int = 512, least: int = 1) -> int:
+    """Warps for a program that holds `tile` elements, `per_warp` elements each, between `least` and what a block may have."""
+    return max(least, min(MAX_WARPS, tile // per_warp))
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
-r"""The rows of a cross entropy: log-sum-exp, loss and gradient of each row of logits, as cross entropy and linear cross entropy share them.
+r"""The rows of a cross entropy: statistics, loss and gradient of each row of logits, as cross entropy and linear cross entropy share them.
 
-    lse = log Σ_j exp(a_j)        loss = lse − a_y        da_j = scale (exp(a_j − lse) − [j = y])
+    m = max_j a_j        s = log Σ_j exp(a_j − m)        loss = s − (a_y − m)        da_j = scale (exp(a_j − m − s) − [j = y])
+
+The log-sum-exp m + s is kept in its two parts: their sum would be rounded at the size of the logits, and every exp by as much.
 
 A row whose target y is `ignore_index` has loss 0 and gradient 0, whatever its logits. A row whose target is outside [0, V) has loss and
 gradient NaN: never a read out of bounds, never a plausible number. Scale is a cotangent, over a count where the loss is a mean.
@@ -11,16 +13,17 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._check import wide
-from ._launch import as_rows, jit, launch, next_power_of_2, tl
+from ._launch import as_rows, jit, launch, next_power_of_2, tl, warps
 
 BLOCK = 16384  # columns a program reads at a time; a row of up to 256 KB is still in L2 when it is read again
 
 
 class Rows(Protocol):
-    """One implementation of the row functions, which write to `loss`, `lse` and `grad` where these are given."""
+    """One implementation of the row functions, which write to `loss`, `stats` and `grad`."""
 
     def __call__(
         self,
@@ -28,7 +31,7 @@ class Rows(Protocol):
         target: Tensor,
         ignore_index: int,
         *,
-        lse: Tensor,
+        stats: Tensor,
         loss: Tensor | None = None,
         grad: Tensor | None = None,
         scale: Tensor | None = None,
@@ -37,7 +40,7 @@ class Rows(Protocol):
         """
         Args:
             logits: `[N, V]`. target: `[N]`.
-            lse: `[N]`, written when `loss` is given, else read.
+            stats: `[N, 2]`, the parts m and s; written when `loss` is given, else read.
             loss: `[N]`, written.
             grad: `[N, V]`, written; may be `logits` itself.
             scale: `[N]` or one element, the cotangent; 1 when absent. count: one element, divides it.
@@ -60,11 +63,9 @@ def _valid(target: Tensor, ignore_index: int, v: int) -> Valid:
 
 def losses(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """The definition: `[N]` losses, differentiable plain PyTorch."""
-    a = wide(logits)
-    counted, wrong, index = _valid(target, ignore_index, a.shape[-1])
-    each = a.logsumexp(-1) - a.gather(-1, index.unsqueeze(-1)).squeeze(-1)
-    nothing = torch.zeros((), dtype=a.dtype, device=a.device)
-    return torch.where(counted, torch.where(wrong, torch.nan, each), nothing)
+    counted, wrong, index = _valid(target, ignore_index, logits.shape[-1])
+    a = torch.where(counted.unsqueeze(-1), wide(logits), 0.0)
+    return F.cross_entropy(a, index, reduction="none").masked_fill(~counted, 0.0).masked_fill(wrong, torch.nan)
 
 
 def plain_rows(
@@ -72,7 +73,7 @@ def plain_rows(
     target: Tensor,
     ignore_index: int,
     *,
-    lse: Tensor,
+    stats: Tensor,
     loss: Tensor | None = None,
     grad: Tensor | None = None,
     scale: Tensor | None = None,
@@ -82,10 +83,12 @@ def plain_rows(
     a = wide(logits)
     counted, wrong, index = _valid(target, ignore_index, a.shape[-1])
     if loss is not None:
-        lse.copy_(a.logsumexp(-1))
-        loss.copy_(losses(logits, target, ignore_index))
+        top = a.amax(-1, keepdim=True)
+        stats[:, 0] = top.squeeze(-1)
+        stats[:, 1] = (a - top).logsumexp(-1)
+        loss.copy_(F.cross_entropy(a, index, reduction="none")).masked_fill_(~counted, 0.0).masked_fill_(wrong, torch.nan)
     if grad is not None:
-        p = torch.exp(a - lse.unsqueeze(-1))
+        p = torch.exp(a - stats[:, :1] - stats[:, 1:])
         p.scatter_add_(-1, index.unsqueeze(-1), p.new_full((len(p), 1), -1.0))
         if scale is not None:
             p *= scale.unsqueeze(-1)
@@ -96,9 +99,20 @@ def plain_rows(
 
 
 @jit
+def _exp(x, EXACT: tl.constexpr):
+    """exp(x) for x ≤ 0. The hardware's exp2 of the rounded product x log₂e is off by |x| roundings, which fp32 logits would show."""
+    if EXACT:
+        x = tl.where(x < -120.0, -120.0, x)  # exp is 0 there, and -inf would make NaN below
+        t = x * 1.4426950408889634
+        rest = tl.fma(x, 1.4426950216293335, -t) + x * 1.92596298909109e-08
+        return tl.exp2(t) * (1.0 + rest * 0.6931471805599453)
+    return tl.exp(x)
+
+
+@jit
 def _rows_kernel(
-    logits_ptr, target_ptr, lse_ptr, loss_ptr, grad_ptr, scale_ptr, count_ptr, stride, target_stride, grad_stride, scale_stride,
-    V, ignore_index, BLOCK: tl.constexpr
+    logits_ptr, target_ptr, stats_ptr, loss_ptr, grad_ptr, scale_ptr, count_ptr, stride, target_stride, grad_stride, scale_stride,
+    V, ignore_index, EXACT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(target_ptr + row * target_stride).to(tl.int64)
@@ -109,7 +123,8 @@ def _rows_kernel(
     nan = float("nan")
 
     if loss_ptr is not None:
-        lse = 0.0
+        top = 0.0
+        rest = 0.0
         loss = 0.0
         if counted:
             a_y = tl.load(a_at + y, mask=legal, other=nan).to(tl.float32)  # before the gradient may overwrite it
@@ -120,15 +135,17 @@ def _rows_kernel(
                 a = tl.load(a_at + col, mask=col < V, other=float("-inf")).to(tl.float32)
                 new = tl.maximum(top, tl.max(a, 0))
                 shift = tl.where(new == float("-inf"), 0.0, new)
-                total = total * tl.exp(top - shift) + tl.sum(tl.exp(a - shift), 0)
+                total = total * _exp(top - shift, EXACT) + tl.sum(_exp(a - shift, EXACT), 0)
                 top = new
-            lse = tl.where(top == float("-inf"), top, top + tl.log(total))
-            loss = lse - a_y
-        tl.store(lse_ptr + row, lse)
+            rest = tl.log(total)
+            loss = rest - (a_y - top)
+        tl.store(stats_ptr + 2 * row, top)
+        tl.store(stats_ptr + 2 * row + 1, rest)
         tl.store(loss_ptr + row, loss)
         tl.debug_barrier()  # every read of the target's logit is done
     else:
-        lse = tl.load(lse_ptr + row)
+        top = tl.load(stats_ptr + 2 * row)
+        rest = tl.load(stats_ptr + 2 * row + 1)
 
     if grad_ptr is not None:
         scale = 1.0
@@ -140,7 +157,8 @@ def _rows_kernel(
         for start in range(0, V, BLOCK):
             col = start + block
             if counted:
-                p = tl.exp(tl.load(a_at + col, mask=col < V, other=0.0).to(tl.float32) - lse)
+                a = tl.load(a_at + col, mask=col < V, other=0.0).to(tl.float32)
+                p = _exp(a - top - rest, EXACT)
                 p = tl.where(col == y, p - 1.0, p) * scale
             else:
                 p = tl.zeros((BLOCK,), tl.float32)
@@ -152,7 +170,7 @@ def kernel_rows(
     target: Tensor,
     ignore_index: int,
     *,
-    lse: Tensor,
+    stats: Tensor,
     loss: Tensor | None = None,
     grad: Tensor | None = None,
     scale: Tensor | None = None,
@@ -164,9 +182,9 @@ def kernel_rows(
     block = min(next_power_of_2(v), BLOCK)
     launch(
         _rows_kernel, (n,), logits.device,
-        logits, target, lse, loss, grad, scale, count, logits.stride(0), target.stride(0),
+        logits, target, stats, loss, grad, scale, count, logits.stride(0), target.stride(0),
         0 if grad is None else grad.stride(0), 0 if scale is None or scale.numel() == 1 else scale.stride(0), v, ignore_index,
-        BLOCK=block, num_warps=max(4, min(32, block // 512)),
+        EXACT=logits.dtype is torch.float32, BLOCK=block, num_warps=warps(block, least=4),
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@ r"""Cross entropy of logits against class indices.
 
     lse = log Σ_j exp(a_j)        loss = lse − a_y        da_j = dloss (exp(a_j − lse) − [j = y])
 
-over the rows whose target is not ignored; a mean divides by their number. Residuals: logits, target, lse in fp32, the count.
+over the rows whose target is not ignored; a mean divides by their number. Residuals: logits, target, the two parts of lse in fp32 (see `_loss_rows`), the count.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Residuals(NamedTuple):
 
     logits: Tensor
     target: Tensor
-    lse: Tensor
+    stats: Tensor
     count: Tensor | None
     ignore_index: int
     reduction: str
@@ -48,7 +48,7 @@ def _outputs(logits: Tensor, target: Tensor, ignore_index: int, reduction: str, 
     dtype = _check.wide_dtype(logits)
     y = logits.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
     count = target.new_empty((), dtype=torch.int64) if reduction == "mean" else None
-    return y, logits.new_empty(target.numel(), dtype=dtype), count
+    return y, logits.new_empty(target.numel(), 2, dtype=dtype), count
 
 
 def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None]:
@@ -58,21 +58,21 @@ def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None]
 def _fwd(logits: Tensor, target: Tensor, ignore_index: int, reduction: str, needs: Needs, rows: Rows) -> tuple[Tensor, Residuals]:
     v, flat = logits.shape[-1], target.reshape(-1)
     check_targets("cross_entropy", flat, ignore_index, v)
-    _, lse, _ = _outputs(logits, target, ignore_index, reduction, needs)
-    each, count = torch.empty_like(lse), counted(flat, ignore_index, reduction)
-    rows(logits.reshape(-1, v), flat, ignore_index, lse=lse, loss=each)
-    return reduced(each, count, reduction, target.shape), Residuals(logits, target, lse, count, ignore_index, reduction)
+    _, stats, _ = _outputs(logits, target, ignore_index, reduction, needs)
+    each, count = torch.empty_like(stats[:, 0]), counted(flat, ignore_index, reduction)
+    rows(logits.reshape(-1, v), flat, ignore_index, stats=stats, loss=each)
+    return reduced(each, count, reduction, target.shape), Residuals(logits, target, stats, count, ignore_index, reduction)
 
 
 def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, rows: Rows) -> tuple[Tensor | None]:
-    logits, target, lse, count, ignore_index, reduction = res
+    logits, target, stats, count, ignore_index, reduction = res
     (dlogits,) = _gradients(res, dy, needs)
     if dlogits is not None:
         v = logits.shape[-1]
         count = count if reduction == "mean" else None
         rows(
             logits.reshape(-1, v), target.reshape(-1), ignore_index,
-            lse=lse, grad=dlogits.view(-1, v), scale=dy.reshape(-1), count=count,
+            stats=stats, grad=dlogits.view(-1, v), scale=dy.reshape(-1), count=count,
         )  # fmt: skip
     return (dlogits,)
 

@@ -1,6 +1,6 @@
 r"""Linear cross entropy: the loss of a language model's head, without its logits.
 
-    a = x wᵀ + b                  loss = lse(a) − a_y               g = scale (softmax(a) − onehot(y))
+    a = x wᵀ + b                  loss = stats(a) − a_y               g = scale (softmax(a) − onehot(y))
     dx = g w                      dw = gᵀ x                         db = Σ_rows g
 
 The rows of x go by in chunks, so that only one chunk's logits exist at a time. A reduced loss has one cotangent, a factor: its gradients
@@ -36,7 +36,7 @@ class Residuals(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     target: Tensor
-    lse: Tensor
+    stats: Tensor
     count: Tensor | None
     dx: Tensor | None
     dweight: Tensor | None
@@ -142,7 +142,7 @@ def _outputs(
     count = target.new_empty((), dtype=torch.int64) if reduction == "mean" else None
     made = [None if t is None or not n or reduction == "none" else t for t, n in zip((x, weight, bias), needs, strict=True)]
     dx, dweight, dbias = (t if t is None else t.new_empty(t.shape, dtype=_storage(t) if i else t.dtype) for i, t in enumerate(made))
-    return y, x.new_empty(target.numel(), dtype=wide), count, dx, dweight, dbias
+    return y, x.new_empty(target.numel(), 2, dtype=wide), count, dx, dweight, dbias
 
 
 def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:
@@ -159,12 +159,12 @@ def _fwd(
     chunks = _chunks(len(rows), weight, memory_budget)
     buffer = _buffer(chunks, weight)
     each = rows.new_empty(len(rows), dtype=_check.wide_dtype(x))
-    lse = torch.empty_like(each)
+    stats = each.new_empty(len(rows), 2)
     now = any(needs) and reduction != "none"  # the gradients are made here, and only scaled in backward
     sums = _Sums(rows, weight, bias, needs if now else (False,) * 3, len(chunks) == 1)
     for at in chunks:
         a = _logits(rows[at], weight, bias, buffer)
-        parts.rows(a, flat[at], ignore_index, lse=lse[at], loss=each[at], grad=a if now else None)
+        parts.rows(a, flat[at], ignore_index, stats=stats[at], loss=each[at], grad=a if now else None)
         if now:
             sums.add(at, a)
     count = counted(flat, ignore_index, reduction)
@@ -172,7 +172,7 @@ def _fwd(
     dweight = None if sums.dweight is None else sums.dweight.to(_storage(weight))
     dbias = None if sums.dbias is None or bias is None else sums.dbias.to(_storage(bias))
     res = Residuals(
-        x if reduction == "none" else None, weight, bias, target, lse, count, dx, dweight, dbias, ignore_index, reduction, memory_budget
+        x if reduction == "none" else None, weight, bias, target, stats, count, dx, dweight, dbias, ignore_index, reduction, memory_budget
     )  # fmt: skip
     return reduced(each, count, reduction, target.shape), res
 
@@ -193,14 +193,14 @@ def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, parts: _Parts) 
 
 def _bwd_each(res: Residuals, dy: Tensor, needs: Needs, parts: _Parts) -> tuple[Tensor | None, ...]:
     """A cotangent for each token: make the logits again, and from them the gradients."""
-    x, weight, bias, target, lse = res[:5]
+    x, weight, bias, target, stats = res[:5]
     rows, flat, scale = x.reshape(-1, x.shape[-1]), target.reshape(-1), dy.reshape(-1)
     chunks = _chunks(len(rows), weight, res.memory_budget)
     buffer = _buffer(chunks, weight)
     sums = _Sums(rows, weight, bias, needs, len(chunks) == 1)
     for at in chunks:
         a = _logits(rows[at], weight, bias, buffer)
-        parts.rows(a, flat[at], res.ignore_index, lse=lse[at], grad=a, scale=scale[at])
+        parts.rows(a, flat[at], res.ignore_index, stats=stats[at], grad=a, scale=scale[at])
         sums.add(at, a)
     dx = None if sums.dx is None else sums.dx.view(x.shape)
     dweight = None if sums.dweight is None else sums.dweight.to(weight.dtype)
@@ -259,7 +259,8 @@ def linear_cross_entropy(
         tensor(2.0794)
     """
     op = "linear_cross_entropy"
-    _check.floating(op, x=x, weight=weight, bias=bias)
+    _check.floating(op, x=x, weight=weight)
+    _check.optional(op, bias=bias)
     _check.rank(op, "x", x, 1)
     if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"{op}: weight must be [V, {x.shape[-1]}] (vocabulary, last axis of x) with V at least 1, got {list(weight.shape)}")

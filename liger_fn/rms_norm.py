@@ -8,6 +8,7 @@ Residuals: x, w, and r in fp32, one per row. Source: Zhang & Sennrich 2019, arXi
 
 from __future__ import annotations
 
+from math import prod
 from typing import Literal, NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ def _plain_bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[
         g = dyw if weight is None else dyw * (wide(weight) + offset)
         dx = (r * g - xw * r**3 * (g * xw).mean(-1, keepdim=True)).to(x.dtype)
     if needs[1] and weight is not None:
-        dw = (dyw * xw * r).flatten(0, -2).sum(0).to(weight.dtype)
+        dw = (dyw * xw * r).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
     return dx, dw
 
 
@@ -77,7 +78,8 @@ def _fwd_kernel(x_ptr, w_ptr, y_ptr, r_ptr, stride, N, H, eps, offset, LLAMA: tl
     col = tl.arange(0, BLOCK)[None, :]
     keep = (row < N)[:, None] & (col < H)
     x = tl.load(x_ptr + row[:, None] * stride + col, mask=keep, other=0.0).to(tl.float32)
-    r = 1.0 / tl.sqrt(tl.sum(x * x, 1) / H + eps)
+    # correctly rounded: where a row is nearly parallel to its gradient, dx is a difference that keeps only r's last bits
+    r = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(x * x, 1), H * 1.0) + eps))
     y = x * r[:, None]
     if LLAMA:
         y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
@@ -107,7 +109,7 @@ def _bwd_kernel(
             g = dy
             if w_ptr is not None:
                 g = dy * w
-            dx = r * (g - xr * (tl.sum(g * xr, 1) / H)[:, None])
+            dx = r * (g - xr * tl.div_rn(tl.sum(g * xr, 1), H * 1.0)[:, None])
             tl.store(dx_ptr + row[:, None] * H + col, dx.to(dx_ptr.dtype.element_ty), mask=keep)
         if dw_ptr is not None:
             dw += dy * xr
@@ -126,7 +128,7 @@ def _tile(h: int) -> tuple[int, int]:
 
 def _outputs(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str, needs: Needs) -> tuple[Tensor, Tensor]:
     dtype = x.dtype if weight is None or cast == "gemma" else torch.promote_types(x.dtype, weight.dtype)
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1].numel(), dtype=_check.wide_dtype(x))
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(prod(x.shape[:-1]), dtype=_check.wide_dtype(x))
 
 
 def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
@@ -150,7 +152,8 @@ def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor
     x, weight, rstd, offset, _ = res
     rows, dys, h = as_rows(x), as_rows(dy), x.shape[-1]
     tile, block = _tile(h)
-    programs = min(cdiv(len(rows), tile), 2 * processors(x.device))
+    each = max(1, min(4, 8192 // (tile * block)))  # programs a multiprocessor holds at once (H100)
+    programs = min(cdiv(len(rows), tile), each * processors(x.device))
     dx, dw = _gradients(res, dy, needs)
     parts = None if dw is None else rstd.new_empty(programs, h)
     launch(
@@ -200,7 +203,8 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offs
 
     Source: Zhang & Sennrich 2019, arXiv:1910.07467.
     """
-    _check.floating("rms_norm", x=x, weight=weight)
+    _check.floating("rms_norm", x=x)
+    _check.optional("rms_norm", weight=weight)
     if x.dim() == 0 or not 0 < x.shape[-1] <= WIDEST:
         raise ValueError(f"rms_norm: the last axis of x must have 1 to {WIDEST} elements, got shape {list(x.shape)}; for more use rms_norm.reference")
     if weight is not None:

@@ -96,12 +96,18 @@ def _rope_kernel(
 # --- forward and backward ---------------------------------------------------------------------------------------------------------------
 
 
+def _alike(x: Tensor) -> Tensor:
+    """An empty tensor in the memory layout of `x`, so that a transposed view costs no copy; its last axis is dense, as the kernel writes."""
+    out = torch.empty_like(x)
+    return out if out.stride(-1) == 1 else x.new_empty(x.shape)
+
+
 def _outputs(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, needs: Needs) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k)  # the layout of the input, so that a transposed view costs no copy
+    return _alike(q), _alike(k)
 
 
 def _gradients(res: Residuals, dy: tuple[Tensor, Tensor], needs: Needs) -> tuple[Tensor | None, ...]:
-    return tuple(torch.empty_like(d) if n else None for d, n in zip(dy, needs, strict=True))
+    return tuple(_alike(d) if n else None for d, n in zip(dy, needs, strict=True))
 
 
 def _rotate(q: Tensor | None, k: Tensor | None, yq: Tensor | None, yk: Tensor | None, cos: Tensor, sin: Tensor, backward: bool) -> None:

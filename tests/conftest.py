@@ -38,8 +38,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: as many thre
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # The interpreter computes in numpy, which warns where a GPU says inf or NaN without a word.
-    for line in ("ignore:.*encountered in:RuntimeWarning",):
+    for line in (
+        "ignore:.*encountered in:RuntimeWarning",  # the interpreter computes in numpy, which warns where a GPU says inf or NaN in silence
+        "ignore:.*torch.jit:DeprecationWarning",  # inside torch's own compiler
+    ):
         config.addinivalue_line("filterwarnings", line)
 
 

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import liger_fn
+from liger_fn import _launch
 
 from .cases import BF16, FP16, FP32, FP64, Case
 from .compose import Composes
@@ -28,18 +31,42 @@ from .sample import Sample, gradients
 LAYOUTS = ("transposed", "sliced", "stride-2")
 
 
+class Wrong(NamedTuple):
+    """A call that must fail: with which error, whose message says what."""
+
+    name: str
+    call: Callable[[Any, dict[str, Any]], Any]
+    error: type[Exception]
+    says: tuple[str, ...]
+
+
+def wrong(name: str, error: type[Exception], *says: str, **changed: Any) -> Wrong:
+    """A right call with arguments changed: to a value, or by a function of what they were."""
+
+    def call(op: Any, arguments: dict[str, Any]) -> Any:
+        return op(**{**arguments, **{k: v(arguments[k]) if callable(v) else v for k, v in changed.items()}})
+
+    return Wrong(name, call, error, says)
+
+
 class Contract(Composes):
-    """The numerics rule, purity and autograd. Inherited: transforms, compilers, checkpointing, autocast."""
+    """The numerics rule, errors, purity and autograd. Inherited: transforms, compilers, checkpointing, autocast."""
+
+    wrong_calls: ClassVar[tuple[Wrong, ...]]
 
     @classmethod
     def parametrize(cls, metafunc: pytest.Metafunc, backends: Sequence[str]) -> None:
         names = metafunc.fixturenames
         if "backend" in names:
             metafunc.parametrize("backend", backends, indirect=True)
-        for argument, table in (("case", cls.table.cases), ("hostile", cls.table.hostile)):
+        for argument, table in (("case", cls.table.cases), ("hostile", cls.table.hostile), ("gpu_case", cls.table.on_gpu)):
             if argument in names:
                 every = [pytest.param(c, d, id=f"{c.name}-{str(d)[6:]}") for c in table for d in c.dtypes]
                 metafunc.parametrize((argument, "dtype"), every)
+        if "wide_case" in names:
+            metafunc.parametrize("wide_case", [pytest.param(c, id=c.name) for c in cls.table.cases if FP32 in c.dtypes])
+        if "call" in names:
+            metafunc.parametrize("call", [pytest.param(c, id=c.name) for c in cls.wrong_calls])
         if "layout" in names:
             metafunc.parametrize("layout", LAYOUTS)
         if "half" in names:
@@ -84,13 +111,53 @@ class Contract(Composes):
         assert liger_fn.backend(leaves[0]) == "reference"
         assert torch.autograd.gradcheck(s.f(), leaves)
 
-    def test_float64_is_the_reference(self, case: Case, dtype: torch.dtype, device: torch.device) -> None:
-        if dtype is not FP32:
-            pytest.skip("fp32 cases, made in fp64")
-        s = Sample(self.table, case, FP64, device)
+    def test_float64_is_the_reference(self, wide_case: Case, device: torch.device) -> None:
+        s = Sample(self.table, wide_case, FP64, device)
         for got, want in zip(s.ours(), s.naive(), strict=True):
             for a, b in zip(got, want, strict=True):
                 torch.testing.assert_close(a, b, equal_nan=True)
+
+    @pytest.mark.gpu
+    def test_numerics_at_size(self, backend: str, gpu_case: Case, dtype: torch.dtype, device: torch.device) -> None:
+        self.judge([Sample(self.table, gpu_case, dtype, device, seed) for seed in range(gpu_case.draws)])
+
+    @pytest.mark.multi_gpu
+    def test_a_device_that_is_not_current(self, backend: str) -> None:
+        other = torch.device("cuda", (torch.cuda.current_device() + 1) % torch.cuda.device_count())
+        self.judge([self.sample(other)])
+        assert torch.cuda.current_device() != other.index
+
+    @pytest.mark.large
+    def test_more_than_2_31_elements(self, backend: str, device: torch.device) -> None:
+        """The numerics rule over the last two rows, whose offsets no 32-bit number holds."""
+        if torch.cuda.mem_get_info(device)[0] < 48 * 2**30:
+            pytest.skip("needs 48 GiB of free device memory")
+        s = Sample(self.table, self.table.large, BF16, device)
+        assert max(t.numel() for t in s.all) > 2**31
+        values, grads = s.ours()
+        got = [v[-2:].clone() for v in values], {k: g[-2:].clone() for k, g in zip(s.wrt, grads, strict=True) if k in self.table.rows}
+        del values, grads
+        s.inputs = {k: t[-2:].clone() if t is not None and k in self.table.rows else t for k, t in s.inputs.items()}
+        s.cots = tuple(c[-2:].clone() for c in s.cots)
+        (naive, naive_grads), (truth, truth_grads) = s.naive(), s.truth()
+        for i, y in enumerate(got[0]):
+            assert_near(y, naive[i], truth[i], f"{self.table.op}, value {i}, last rows")
+        for i, k in enumerate(s.wrt):
+            if k in got[1]:
+                assert_near(got[1][k], naive_grads[i], truth_grads[i], f"{self.table.op}, gradient of {k}, last rows")
+
+    # --- errors -----------------------------------------------------------------------------------------------------------------------
+
+    def test_wrong_call(self, backend: str, call: Wrong, device: torch.device) -> None:
+        """The message starts with the function's name, and says what came and what to do."""
+        s = self.sample(device, FP32)
+        with pytest.raises(call.error) as raised:
+            call.call(s.op, {**s.options, **s.inputs})
+        message = str(raised.value)
+        assert type(raised.value) is call.error
+        assert message.startswith(f"{self.table.op}: "), message
+        for part in call.says:
+            assert part in message, f"{part!r} is not in {message!r}"
 
     # --- purity -----------------------------------------------------------------------------------------------------------------------
 
@@ -152,15 +219,21 @@ class Contract(Composes):
         assert_same_bits(twice, [2 * g for g in want], "gradient of the doubled cotangent")
 
     def test_second_derivative_is_refused(self, backend: str, device: torch.device) -> None:
+        """With respect to the inputs and to the cotangents, eagerly and by torch.func; a linear op has but the latter."""
         s = self.sample(device)
-        leaves = [t.detach().requires_grad_() for t in s.tensors]
-        grads = torch.autograd.grad(s.f()(*leaves), leaves, s.cots, create_graph=True)
-        assert_same_bits(grads, s.ours()[1], "gradient with create_graph")
-        for grad in grads:
-            with pytest.raises(NotImplementedError, match=rf"^{self.table.op}: .*liger_fn\.{self.table.op}\.reference"):
-                grad.sum().backward(retain_graph=True)
-        with pytest.raises(NotImplementedError, match=rf"^{self.table.op}: "):
-            torch.func.grad(lambda x: torch.func.grad(s.loss())(x, *s.tensors[1:]).sum())(s.tensors[0])
+        refusal = pytest.raises(NotImplementedError, match=rf"^{self.table.op}: .*liger_fn\.{self.table.op}\.reference")
+        for cots in ([c.detach().requires_grad_() for c in s.cots], s.cots)[: 1 if self.table.linear else 2]:
+            leaves = [t.detach().requires_grad_() for t in s.tensors]
+            grads = torch.autograd.grad(s.f()(*leaves), leaves, cots, create_graph=True)
+            assert_same_bits([g.detach() for g in grads], s.ours()[1], "gradient with create_graph")
+            for grad in grads:
+                with refusal:
+                    grad.sum().backward(retain_graph=True)
+        with refusal:
+            torch.func.grad(lambda c: sum(g.sum() for g in torch.func.vjp(s.f(), *s.tensors)[1]((c, *s.cots[1:]))))(s.cots[0])
+        if not self.table.linear:
+            with refusal:
+                torch.func.grad(lambda x: torch.func.grad(s.loss())(x, *s.tensors[1:]).sum())(s.tensors[0])
 
     def test_only_wanted_gradients(self, backend: str, device: torch.device) -> None:
         """Each subset of inputs that need gradients: those get theirs, bit for bit, and the others None."""
@@ -177,6 +250,30 @@ class Contract(Composes):
                 assert_same_bits(grads, [want[k] if k in wanted else None for k in self.table.diff], f"bwd, {' and '.join(wanted)} wanted:")
         assert not any(y.requires_grad for y in s.call(s.op))
 
+    def test_unwanted_gradients_cost_nothing(self) -> None:
+        """At realistic sizes, on meta tensors: fewer gradients are fewer matrix products, or launches that touch fewer elements."""
+        if not _launch.HAS_TRITON:
+            pytest.skip("needs Triton")
+        for case in self.table.launches:
+            wrt = Sample(self.table, case, BF16, torch.device("meta")).wrt
+            most = self.work(case, wrt)
+            for n in range(len(wrt)):
+                for wanted in combinations(wrt, n):
+                    work = self.work(case, wanted)
+                    fewer = all(a <= b for a, b in zip(work, most, strict=True)) and work != most
+                    assert fewer, f"{case.name}: gradients of {wanted} take (products, elements) = {work}, of {wrt} {most}"
+
+    def work(self, case: Case, wanted: Sequence[str]) -> tuple[int, int]:
+        """(matrix products, elements of tensors handed to kernels) of a forward, and of a backward for the gradients wanted."""
+        s = Sample(self.table, case, BF16, torch.device("meta"))
+        leaves = {k: t.detach().requires_grad_(k in wanted) for k, t in zip(s.wrt, s.tensors, strict=True)}
+        kernels = "interpreter" if _launch.INTERPRETED else "triton"
+        with liger_fn.use_backend(kernels), _launch.record() as launches, CountProducts() as products:
+            ys = s.call(s.op, **leaves)
+            if wanted:
+                torch.autograd.backward(ys, s.cots)
+        return products.count, sum(t.numel() for launch in launches for t in launch.args if isinstance(t, Tensor))
+
     def test_fwd_runs_where_bwd_did_not(self, device: torch.device) -> None:
         """Residuals are the op's, not the backend's: each backend's backward takes those of the other's forward."""
         s = self.sample(device)
@@ -189,6 +286,16 @@ class Contract(Composes):
                 grads = self.bwd(s, residuals)
             for k, g, n, t in zip(s.wrt, grads, naive, truth, strict=True):
                 assert_near(g, n, t, f"{self.table.op}, gradient of {k}, {one} then {other}")
+
+
+class CountProducts(TorchFunctionMode):
+    """Counts calls of matrix products. (A dispatch mode would see them too, and would make ops take their other path.)"""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += getattr(func, "__name__", "") in ("mm", "addmm", "addmm_", "matmul", "__matmul__", "linear")
+        return func(*args, **(kwargs or {}))
 
 
 def astuple(y: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import liger_fn
 
-from .cases import FP64, Case, Inputs, Maker, Table
+from .cases import Case, Maker, Table
 
 Fn = Callable[..., tuple[Tensor, ...]]
 Tensors = tuple[Tensor, ...]
@@ -25,8 +25,8 @@ class Sample:
         make = Maker(device, dtype, seed)
         self.inputs = case.make(make)
         self.wrt = tuple(k for k in table.diff if self.inputs.get(k) is not None)
-        with torch.no_grad():
-            self.cots = tuple(make.normal(*y.shape, dtype=y.dtype, scale=case.scale) for y in self.call(self.op.reference))
+        shapes = {k: None if t is None else t.to("meta") for k, t in self.inputs.items()}
+        self.cots = tuple(make.normal(*y.shape, dtype=y.dtype, scale=case.scale) for y in self.call(self.op.reference, **shapes))
 
     @property
     def tensors(self) -> Tensors:
@@ -72,12 +72,3 @@ def gradients(f: Fn, tensors: Sequence[Tensor], cots: Sequence[Tensor]) -> tuple
     leaves = [t.detach().requires_grad_() for t in tensors]
     ys = f(*leaves)
     return tuple(y.detach() for y in ys), torch.autograd.grad(ys, leaves, cots)
-
-
-def wide_sample(table: Table, case: Case, device: torch.device) -> Sample:
-    return Sample(table, case, FP64, device)
-
-
-def inputs_of(table: Table, case: Case, dtype: torch.dtype, device: str) -> Inputs:
-    """The inputs alone, for callers that need no cotangents (the compiler's, benchmarks')."""
-    return case.make(Maker(torch.device(device), dtype))

@@ -1,8 +1,135 @@
 """linear_cross_entropy: the contract, and its oddities."""
 
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import liger_fn
 from tests import cases
-from tests.contract import Contract
+from tests.contract import Contract, wrong
+from tests.numerics import assert_same_bits
+
+H, V = 24, 63
 
 
 class TestLinearCrossEntropy(Contract):
     table = cases.LINEAR_CROSS_ENTROPY
+    wrong_calls = (
+        wrong("int-x", TypeError, "x must be float32", "torch.int64", ".to(", x=torch.Tensor.long),
+        wrong("0-d", ValueError, "x must have at least 1 axes", "[]", x=lambda x: x.sum()),
+        wrong("weight-transposed", ValueError, "weight must be [V, 24]", "[24, 63]", weight=lambda w: w.T),
+        wrong("weight-1d", ValueError, "weight must be [V, 24]", "[24]", weight=lambda w: w[0]),
+        wrong("no-classes", ValueError, "weight must be [V, 24]", "[0, 24]", weight=lambda w: w[:0]),
+        wrong("weight-dtype", TypeError, "weight must be torch.float32", "torch.bfloat16", ".to(", weight=torch.Tensor.bfloat16),
+        wrong("bias-shape", ValueError, "bias must have shape [63]", "[62]", bias=lambda b: b[1:]),
+        wrong("bias-dtype", TypeError, "bias must be torch.float32", "torch.float16", bias=torch.Tensor.half),
+        wrong("float-target", TypeError, "integer dtype", "torch.float32", ".long()", target=torch.Tensor.float),
+        wrong("target-shape", ValueError, "target must have shape [2, 5]", "[10]", target=torch.Tensor.flatten),
+        wrong("device", ValueError, "weight must be on", "meta", ".to(", weight=lambda w: w.to("meta")),
+        wrong("reduction", ValueError, "'mean', 'sum', 'none'", "'average'", reduction="average"),
+        wrong("budget", ValueError, "memory_budget", "at least 1", "0", memory_budget=0),
+    )
+
+
+def inputs(device: torch.device, rows: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    x, weight = (torch.randn(n, H, device=device, generator=generator) for n in (rows, V))
+    return x, weight, torch.randint(V, (rows,), device=device, generator=generator)
+
+
+def grads_and_loss(x: Tensor, weight: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    leaves = [t.detach().requires_grad_() for t in (x, weight)]
+    loss = liger_fn.linear_cross_entropy(*leaves, target, **options)
+    return *torch.autograd.grad(loss.sum(), leaves), loss.detach()
+
+
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+def test_is_torchs_cross_entropy_of_logits(backend: str, reduction: str, device: torch.device) -> None:
+    x, weight, target = inputs(device)
+    target[::3] = -100
+    want = F.cross_entropy(x @ weight.T, target, reduction=reduction)
+    torch.testing.assert_close(liger_fn.linear_cross_entropy(x, weight, target, reduction=reduction), want)
+
+
+@pytest.mark.parametrize("dtype", cases.HALVES)
+def test_loss_is_fp32(backend: str, dtype: torch.dtype, device: torch.device) -> None:
+    x, weight, target = inputs(device)
+    for reduction in cases.REDUCTIONS:
+        assert liger_fn.linear_cross_entropy(x.to(dtype), weight.to(dtype), target, reduction=reduction).dtype is torch.float32
+
+
+@pytest.mark.parametrize("bad", [V, -1, 2**40])
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+def test_target_out_of_range(backend: str, bad: int, reduction: str, device: torch.device) -> None:
+    x, weight, target = inputs(device)
+    target[2] = bad
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match=rf"linear_cross_entropy: every target must be in \[0, {V}\) .*, got {bad} "):
+            liger_fn.linear_cross_entropy(x, weight, target, reduction=reduction)
+        return
+    dx, dweight, loss = grads_and_loss(x, weight, target, reduction=reduction)
+    others = torch.arange(6, device=device) != 2
+    assert bool(dx[2].isnan().all())
+    assert bool(dx[others].isfinite().all())
+    assert bool(dweight.isnan().all())  # every class's gradient sums over all rows
+    assert torch.equal(loss.isnan(), ~others) if reduction == "none" else bool(loss.isnan())
+
+
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+def test_all_ignored(backend: str, reduction: str, device: torch.device) -> None:
+    x, weight, target = inputs(device)
+    for t in grads_and_loss(x, weight, torch.full_like(target, -100), reduction=reduction):
+        assert not t.any()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+def test_ignored_rows_have_no_loss_and_no_gradient(backend: str, value: float, reduction: str, device: torch.device) -> None:
+    """Whatever they hold: loss and dx are as with any other content."""
+    x, weight, target = inputs(device)
+    target[2] = -100
+    dx, _, loss = grads_and_loss(x, weight, target, reduction=reduction)
+    x[2] = value
+    hostile_dx, _, hostile_loss = grads_and_loss(x, weight, target, reduction=reduction)
+    assert_same_bits((hostile_dx, hostile_loss), (dx, loss), "dx and loss")
+    assert not dx[2].any()
+
+
+def test_frozen_states_leave_the_head_trainable(backend: str, device: torch.device) -> None:
+    """The usual first stage of adapting a model; peers return no gradient for the head then."""
+    x, weight, target = inputs(device)
+    _, want, _ = grads_and_loss(x, weight, target)
+    head = weight.clone().requires_grad_()
+    liger_fn.linear_cross_entropy(x, head, target).backward()
+    assert head.grad is not None
+    assert torch.equal(head.grad, want)
+
+
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+def test_the_logits_never_exist(backend: str, reduction: str, device: torch.device) -> None:
+    """No tensor that forward or backward allocates is larger than the inputs, or than the budget where that is larger."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(t, Tensor):
+                    largest = max(largest, t.numel())
+            return out
+
+    x, weight, target = inputs(device, rows=400)
+    options = {"reduction": reduction, "memory_budget": 16 * V * 4}
+    with Watch():
+        _, residuals = liger_fn.linear_cross_entropy.fwd(x, weight, target, **options)
+        dy = torch.ones(400 if reduction == "none" else (), device=device)
+        liger_fn.linear_cross_entropy.bwd(residuals, dy)
+    assert largest <= x.numel()
+    assert x.numel() < 400 * V

@@ -29,7 +29,7 @@ def test_rms_norm_starts_as_a_plain_norm(device: torch.device, offset: float) ->
 def test_modules_load_hugging_face_weights(device: torch.device) -> None:
     from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-    config = transformers.LlamaConfig(hidden_size=16, intermediate_size=40, mlp_bias=True)
+    config = transformers.LlamaConfig(hidden_size=16, intermediate_size=40, num_attention_heads=4, mlp_bias=True)
     x = torch.randn(2, 5, 16, device=device)
     theirs_mlp, theirs_norm = LlamaMLP(config).to(device), LlamaRMSNorm(16, eps=1e-6).to(device)
     nn.init.normal_(theirs_norm.weight)

@@ -1,0 +1,181 @@
+"""Patch a model, say what would be patched, and undo it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from . import _swap
+from ._errors import PatchError
+from ._find import Find, causal_lm, find, wanted
+from ._proof import Disagreement
+from ._registry import entry
+from ._report import FAILED, LEFT, PATCHED, PLANNED, Report
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def auto(model: nn.Module, *, strict: bool = True, verify: bool = True, **which: bool) -> Report:
+    """Put the functions of `liger_fn` into this model.
+
+    Only this instance changes: no class, module or other model sees anything of it. Parameters, the state dict, hooks, adapters and
+    sharding stay as they are. Every swap is proved against the original before any is made, so an error leaves the model as it was. Calling
+    it again changes nothing that is patched already.
+
+    In training with labels the loss comes from `liger_fn.linear_cross_entropy`, and `outputs.logits` is an object that computes the logits
+    when they are asked for. Otherwise logits are ordinary tensors. Where every label is ignored the loss is 0 (the original: NaN).
+
+    Adapters on the output layer (LoRA, `modules_to_save`) and a `loss_function` of the user's own are respected: the report says that they
+    were left.
+
+    Args:
+        model: a transformers model of a supported type, or a wrapper (PEFT, DDP, `torch.compile`) around one.
+        strict: make it an error if something that the registry entry promises is not there or cannot be proved. If False, that part is left
+            as it was and the report says why.
+        verify: prove every swap before it is made.
+        **which: operations to leave out (`rope=False`) or in: rms_norm, swiglu, rope, linear_cross_entropy, cross_entropy.
+
+    Returns:
+        What was done, place by place. `print` it.
+
+    Raises:
+        TypeError: an operation's name is not known, or its value is not a bool.
+        PatchError: the model's type is not supported, or `strict` and a part is not as the entry promises.
+
+    Examples:
+        >>> report = liger_patch.auto(model)                # doctest: +SKIP
+        >>> print(report)                                   # doctest: +SKIP
+        >>> liger_patch.auto(model, strict=False, rope=False)  # doctest: +SKIP
+    """
+    root, finds = survey(model, which, verify)
+    failures = [f for f in finds if f.row.status == FAILED]
+    if strict and failures:
+        raise PatchError(refusal("auto", root, failures))
+    _swap.install(root, [swap for f in finds if f.row.status == PLANNED for swap in f.swaps])
+    done = {PLANNED: PATCHED, FAILED: LEFT}
+    return report(root, [replace(f, row=replace(f.row, status=done.get(f.row.status, f.row.status))) for f in finds])
+
+
+def plan(model: nn.Module, *, verify: bool = True, **which: bool) -> Report:
+    """What `auto` would do. Changes nothing, and does not raise for parts that would fail: their rows say "failed" and why.
+
+    Args:
+        model: as for `auto`.
+        verify: run the proofs too.
+        **which: as for `auto`.
+
+    Returns:
+        The report, with rows "planned", "already", "left" and "failed".
+
+    Raises:
+        TypeError: an operation's name is not known, or its value is not a bool.
+        PatchError: the model's type is not supported.
+    """
+    return report(*survey(model, which, verify))
+
+
+def revert(model: Model) -> Model:
+    """Undo `auto`: the model's modules are again exactly what they were. Does nothing to a model that is not patched.
+
+    Args:
+        model: the model, or a wrapper around it.
+
+    Returns:
+        The same model.
+
+    Raises:
+        PatchError: someone has since wrapped a forward that `auto` had replaced, so it cannot be taken out from under the wrapper.
+            Nothing is undone then.
+    """
+    root = causal_lm(model)
+    theirs = [swap for swap in _swap.recorded(root) if swap.wrapped]
+    if theirs:
+        paths = {module: path or "the model" for path, module in root.named_modules()}
+        raise PatchError(
+            f"revert: a patched forward has been wrapped since, on {', '.join(paths.get(swap.module, '?') for swap in theirs)}. "
+            "Remove the wrapper first (accelerate: accelerator.unwrap_model(model, keep_fp32_wrapper=False)), then revert"
+        )
+    for swap in list(_swap.swaps(root)):
+        swap.remove()
+    root.__dict__.pop(_swap.RECORD, None)
+    return model
+
+
+@contextmanager
+def patched(model: Model, *, strict: bool = True, verify: bool = True, **which: bool) -> Iterator[Model]:
+    """`with liger_patch.patched(model):` patches for the length of the block, and reverts also when the block raises.
+
+    Args:
+        model: as for `auto`.
+        strict: as for `auto`.
+        verify: as for `auto`.
+        **which: as for `auto`.
+
+    Yields:
+        The same model. What was patched before the block stays patched after it.
+
+    Raises:
+        TypeError: as for `auto`.
+        PatchError: as for `auto` and `revert`.
+    """
+    root = causal_lm(model)
+    before = _swap.recorded(root)
+    auto(model, strict=strict, verify=verify, **which)
+    try:
+        yield model
+    finally:
+        revert(model)
+        _swap.install(root, before)
+
+
+def refusal(who: str, root: PreTrainedModel, failures: list[Find]) -> str:
+    """The text of an error that lists what failed, each place with its reason, and the ways out."""
+    places: dict[tuple[str, str, str], list[str]] = {}
+    for f in failures:
+        places.setdefault((f.row.op, f.row.was, f.row.why), []).append(f.row.path)
+    lines = []
+    for (op, was, why), paths in places.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        lines.append(f"  {op}: {was} at {paths[0]}{more}: {why}")
+    off = ", ".join(f"{op}=False" for op in dict.fromkeys(f.row.op for f in failures))
+    return (
+        f"{who}: {type(root).__name__} is not what the entry for {root.config.model_type!r} describes, and nothing was changed.\n"
+        + "\n".join(lines)
+        + f"\nLeave it stock with {off} or strict=False, or describe the model as it is with liger_patch.register(..., replace=True)."
+    )
+
+
+def survey(model: nn.Module, which: Mapping[str, object], verify: bool) -> tuple[PreTrainedModel, list[Find]]:
+    """Every find in a model, those that are planned proved if `verify`."""
+    asked = wanted(which)
+    root = causal_lm(model)
+    finds = find(root, entry(root.config.model_type), asked)
+    if not verify:
+        return root, finds
+    outcomes: dict[Hashable, str] = {}
+    for i, f in enumerate(finds):
+        if f.row.status == PLANNED and (why := refuted(f, outcomes)):
+            finds[i] = f.failed(why)
+    return root, finds
+
+
+def refuted(f: Find, outcomes: dict[Hashable, str]) -> str:
+    """Why a swap is not the function that it would replace; empty if it is. Equal layers are proved once."""
+    if f.prove is None:
+        return ""
+    if f.proof_key not in outcomes:
+        try:
+            f.prove()
+            outcomes[f.proof_key] = ""
+        except Disagreement as disagreement:
+            outcomes[f.proof_key] = f"{f.row.now} does not compute what {f.row.was} does here: {disagreement}"
+    return outcomes[f.proof_key]
+
+
+def report(root: PreTrainedModel, finds: Iterable[Find]) -> Report:
+    return Report(root.config.model_type, type(root).__name__, tuple(f.row for f in finds))

@@ -1,0 +1,237 @@
+"""What would change in a model: the entry's names looked up in the instance, each find with its swaps and its proof.
+
+Nothing is changed here. A place that the entry promises but that is not as promised is a row "failed"; a place where the user's own choice
+(an adapter, a loss of their own, a switch) stands in the way is a row "left". Only the first is an error under `strict`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from . import _proof
+from ._errors import PatchError
+from ._head import CausalLMForward, CausalLMLoss, HeadForward
+from ._modules import GLUForward, NormForward
+from ._report import ALREADY, FAILED, LEFT, PLANNED, Row
+from ._rope import RopeForward
+from ._spec import OPS, Arch, Head
+from ._swap import Forward, Swap, installed, is_stock
+from ._view import uses_global
+
+
+@dataclass(frozen=True)
+class Find:
+    """A row of the report, the swaps that would make it true, and the proof that they may.
+
+    Attributes:
+        row: what the report says.
+        swaps: what to install. Empty unless the row is planned.
+        prove: runs the proof. None where there is nothing to prove.
+        proof_key: equal keys have equal proofs; one is run for all layers alike.
+    """
+
+    row: Row
+    swaps: tuple[Swap, ...] = ()
+    prove: Callable[[], None] | None = None
+    proof_key: Hashable = None
+
+    def failed(self, why: str) -> Find:
+        return Find(replace(self.row, status=FAILED, why=why, now=self.row.was))
+
+
+def wanted(which: Mapping[str, Any]) -> dict[str, bool]:
+    """Every operation, and whether it was asked for."""
+    for name, value in which.items():
+        if name not in OPS:
+            raise TypeError(f"auto: unknown operation {name!r}; known are {', '.join(OPS)}")
+        if not isinstance(value, bool):
+            raise TypeError(f"auto: {name} must be True or False, got {value!r}")
+    return {op: which.get(op, True) for op in OPS}
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside whatever wraps it (PEFT, DDP, a compiler)."""
+    if isinstance(model, nn.Module):
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and getattr(module.config, "model_type", None):
+                return module
+    raise PatchError(
+        f"auto: {type(model).__name__} holds no transformers model with a config.model_type. "
+        "Pass a model such as AutoModelForCausalLM gives, or call the functions of liger_fn in your own modules"
+    )
+
+
+def find(root: PreTrainedModel, arch: Arch, asked: Mapping[str, bool]) -> list[Find]:
+    """Every place that the entry speaks of, in the order of operations."""
+    finds: list[Find] = []
+    if arch.norm is not None:
+        spec = arch.norm
+        finds += _modules(root, "rms_norm", spec.class_name, asked, lambda module: _norm(module, spec))
+    if arch.mlp is not None:
+        finds += _modules(root, "swiglu", arch.mlp.class_name, asked, _glu)
+    if arch.rope is not None:
+        finds += _rope(root, arch.rope.function, asked)
+    if arch.head is not None:
+        finds += _head(root, arch.head, asked)
+    return finds
+
+
+# --- modules ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _modules(root: nn.Module, op: str, name: str, asked: Mapping[str, bool], make: Callable[[nn.Module], Any]) -> Iterator[Find]:
+    now, found = f"liger_fn.{op}", False
+    for path, module in root.named_modules():
+        # Sharding libraries subclass a module's class on the fly, so the name may stand further up.
+        if all(cls.__name__ != name for cls in type(module).__mro__):
+            continue
+        found = True
+        yield _forward(Row(path, op, name, now, PLANNED), module, asked, make)
+    if not found and asked[op]:
+        yield Find(Row(name, op, "–", "–", FAILED, f"no module of class {name} in {type(root).__name__}"))
+
+
+def _forward(row: Row, module: nn.Module, asked: Mapping[str, bool], make: Callable[[nn.Module], Any]) -> Find:
+    present = installed(module, "forward")
+    if isinstance(present, Forward) and present.op == row.op:
+        return Find(replace(row, status=ALREADY), (), *_proof_of(present))
+    if not asked[row.op]:
+        return Find(replace(row, now=row.was, status=LEFT, why=f"{row.op}=False"))
+    find = Find(row)
+    if not is_stock(module):
+        return find.failed(f"its forward was replaced on this instance by {_title(module.__dict__['forward'])}")
+    swap = make(module)
+    return find.failed(swap) if isinstance(swap, str) else Find(row, (swap,), *_proof_of(swap))
+
+
+def _norm(module: nn.Module, spec: Any) -> NormForward | str:
+    if not isinstance(getattr(module, "weight", None), torch.Tensor):
+        return "it has no weight"
+    names = [spec.eps] if spec.eps else ["variance_epsilon", "eps"]
+    held = [name for name in names if isinstance(getattr(module, name, None), (int, float))]
+    return NormForward(module, spec, held[0]) if held else f"it has no eps under the name {' or '.join(names)}"
+
+
+def _glu(module: Any) -> GLUForward | str:
+    missing = [name for name in ("gate_proj", "up_proj", "down_proj", "act_fn") if not callable(getattr(module, name, None))]
+    if missing:
+        return f"it has no {', '.join(missing)}"
+    x = torch.linspace(-8, 8, 65, dtype=torch.float64, device="cpu")
+    if not torch.allclose(module.act_fn(x), F.silu(x), rtol=1e-6, atol=1e-6):
+        return f"its act_fn is {_title(module.act_fn)} (hidden_act={getattr(module.config, 'hidden_act', '?')!r}), the entry says silu"
+    return GLUForward(module)
+
+
+# --- the rotary function ----------------------------------------------------------------------------------------------------------------
+
+
+def _rope(root: nn.Module, function: str, asked: Mapping[str, bool]) -> Iterator[Find]:
+    def make(module: nn.Module) -> RopeForward | str:
+        if not isinstance(getattr(module, "head_dim", None), int):
+            return "it has no head_dim"
+        try:
+            return RopeForward(module, function)
+        except ValueError as error:
+            return str(error)
+
+    found, attention = False, {}
+    for path, module in root.named_modules():
+        if uses_global(type(module).forward, function):
+            found = True
+            yield _forward(Row(path, "rope", function, "liger_fn.rope", PLANNED), module, asked, make)
+        elif "Attention" in type(module).__name__:
+            attention[type(module).__name__] = type(module).forward
+    if not found and asked["rope"]:
+        seen = "; ".join(f"{name}.forward is {_title(forward)}" for name, forward in attention.items()) or "no attention module"
+        yield Find(Row(function, "rope", "–", "–", FAILED, f"no module's forward reads a global of this name ({seen})"))
+
+
+# --- the head ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _head(root: PreTrainedModel, spec: Head, asked: Mapping[str, bool]) -> Iterator[Find]:
+    row = Row(spec.name, "linear_cross_entropy", "Linear", "liger_fn.linear_cross_entropy", PLANNED)
+    loss_row = Row("loss_function", "cross_entropy", "ForCausalLMLoss", "liger_fn.cross_entropy", PLANNED)
+    if not hasattr(root, spec.name):
+        # A bare base model or a classifier is a fair use; a causal LM with its head elsewhere is not what the entry describes.
+        status = FAILED if type(root).__name__.endswith("ForCausalLM") else LEFT
+        why = f"{type(root).__name__} has no {spec.name}"
+        for each in (row, loss_row):
+            yield Find(replace(each, was="–", now="–", status=status if asked[each.op] else LEFT, why=why))
+        return
+
+    layer, loss = getattr(root, spec.name), installed(root, "_loss_function")
+    theirs = "" if loss is not None or root.loss_function is ForCausalLMLoss else f"the loss function is {_title(root.loss_function)}"
+    plain_already = isinstance(loss, CausalLMLoss) and loss.cross_entropy
+    plain = plain_already or (asked["cross_entropy"] and not theirs)
+
+    def left(row: Row, why: str, was: str) -> Find:
+        return Find(replace(row, was=was, now=was, status=LEFT, why=why))
+
+    def proof(head: bool) -> tuple[Callable[[], None], Hashable]:
+        key = ("head", id(root), spec.name, head, plain)
+        return lambda: _proof.prove_head(root, spec.name, head, plain), key
+
+    row = replace(row, was=type(layer).__name__)
+    if isinstance(installed(root, "forward"), CausalLMForward) and isinstance(installed(layer, "forward"), HeadForward):
+        yield Find(replace(row, status=ALREADY), (), *proof(head=True))
+    elif not asked["linear_cross_entropy"]:
+        yield left(row, "linear_cross_entropy=False", row.was)
+    elif why := theirs or _not_a_plain_linear(root, layer):
+        yield left(row, why, _title(layer))
+    elif "labels" not in inspect.signature(type(root).forward).parameters:
+        yield Find(row).failed(f"{type(root).__name__}.forward takes no labels")
+    else:
+        head = HeadForward(layer)
+        yield Find(row, (head, CausalLMForward(root, head, spec.name), CausalLMLoss(root, plain)), *proof(head=True))
+
+    if plain_already:
+        yield Find(replace(loss_row, status=ALREADY), (), *proof(head=False))
+    elif not asked["cross_entropy"]:
+        yield left(loss_row, "cross_entropy=False", loss_row.was)
+    elif theirs:
+        yield left(loss_row, "it is the user's own", _title(root.loss_function))
+    else:
+        yield Find(loss_row, (CausalLMLoss(root, plain),), *proof(head=False))
+
+
+def _not_a_plain_linear(root: PreTrainedModel, layer: nn.Module) -> str:
+    """Why the output layer's logits are not `x @ weight.T + bias` of one whole weight; empty if they are."""
+    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+        return f"the output layer is a {_title(layer)}, whose logits are not those of its weight alone"
+    if not is_stock(layer):
+        return f"the output layer's forward was replaced on this instance by {_title(layer.__dict__['forward'])}"
+    if getattr(root, "_tp_size", None) not in (None, 1):
+        return "the output layer is split over devices (tensor parallel)"
+    return ""
+
+
+# --- proofs -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _proof_of(swap: Swap) -> tuple[Callable[[], None], Hashable]:
+    """The proof of a module's swap, and what decides its outcome."""
+    module = swap.module
+    like = type(module), *_proof.where(module)
+    if isinstance(swap, NormForward):
+        eps = getattr(module, swap.eps)
+        return lambda: _proof.prove_norm(swap), (swap.op, *like, swap.offset, swap.cast, eps, tuple(module.weight.shape))
+    if isinstance(swap, GLUForward):
+        return lambda: _proof.prove_glu(swap), (swap.op, *like, type(module.act_fn))
+    assert isinstance(swap, RopeForward)
+    return lambda: _proof.prove_rope(swap), (swap.op, *like, module.head_dim)
+
+
+def _title(value: Any) -> str:
+    """What a thing is, in a word or two: a function's name, or an object's class."""
+    name = getattr(value, "__qualname__", None) if not isinstance(value, nn.Module) else None
+    return f"{value.__module__}.{name}" if name else f"{type(value).__module__}.{type(value).__qualname__}"

@@ -1,0 +1,184 @@
+"""The output layer and the loss: one mechanism for every causal LM.
+
+    causal LM's forward      remembers the labels for the duration of the call
+      lm_head.forward        computes the loss from its input and its weight; returns a carrier where logits would stand
+      loss_function          hands the carried loss back
+
+The loss is computed inside `lm_head.forward` because there, and only there, sharding hooks have the whole weight at hand. The model's own
+forward runs unchanged in between. With no labels, or outside training, none of this happens and logits are ordinary logits.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import is_available
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+import liger_fn
+
+from ._carrier import FusedLogits, Source
+from ._swap import Forward, Swap
+
+if is_available():
+    from torch.distributed.tensor import DTensor
+
+    _Sharded: tuple[type, ...] = (DTensor,)
+else:
+    _Sharded = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a caller asks of the loss: the arguments of the causal LM's forward that `ForCausalLMLoss` honours."""
+
+    labels: Tensor
+    shift_labels: Tensor | None = None
+    num_items_in_batch: Any = None
+    ignore_index: int = -100
+
+    def same(self, other: Request) -> bool:
+        """Whether both ask for the same loss. Tensors are compared by identity: the model passes on what it was given."""
+        return (
+            self.labels is other.labels
+            and self.shift_labels is other.shift_labels
+            and (self.num_items_in_batch is other.num_items_in_batch or _same_number(self.num_items_in_batch, other.num_items_in_batch))
+            and self.ignore_index == other.ignore_index
+        )
+
+    def targets(self, rows: int) -> Tensor:
+        """The target of each row: the label of the token after it, or `shift_labels` as they are."""
+        if self.shift_labels is not None:
+            targets = self.shift_labels.reshape(-1)
+        else:
+            targets = F.pad(self.labels, (0, 1), value=self.ignore_index)[..., 1:].reshape(-1)
+        if targets.numel() != rows:
+            raise ValueError(
+                f"loss: logits for {rows} positions but targets for {targets.numel()}. With logits_to_keep, "
+                "pass the targets of the kept positions as shift_labels"
+            )
+        return targets
+
+    def normalize(self, total: Tensor) -> Tensor:
+        """A sum over rows, over the number of items that the caller counted."""
+        n = self.num_items_in_batch
+        return total / (n.to(total.device) if isinstance(n, Tensor) else n)
+
+    @property
+    def reduction(self) -> Any:
+        return "mean" if self.num_items_in_batch is None else "sum"
+
+
+class CausalLMForward(Forward):
+    """The forward of a causal LM: its own, with the labels remembered for its output layer."""
+
+    __slots__ = ("head", "labels_at", "name")
+
+    op = "linear_cross_entropy"
+
+    def __init__(self, module: nn.Module, head: HeadForward, name: str) -> None:
+        super().__init__(module)
+        self.head, self.name = head, name
+        self.labels_at = list(inspect.signature(self.__self__.forward).parameters).index("labels")
+
+    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.head.requests.append(self._request(module, args, kwargs))
+        try:
+            return self.stock(module, *args, **kwargs)
+        finally:
+            self.head.requests.pop()
+
+    def _request(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request | None:
+        labels = args[self.labels_at] if len(args) > self.labels_at else kwargs.get("labels")
+        if labels is None or not module.training:
+            return None
+        # Since the patch, an adapter may have taken the output layer's place, or the user given the model another loss: both need logits.
+        if getattr(module, self.name) is not self.head.module or not isinstance(module.loss_function, CausalLMLoss):
+            return None
+        return Request(labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch"), kwargs.get("ignore_index", -100))
+
+
+class HeadForward(Forward):
+    """The forward of an output layer: the loss where one is asked for, logits otherwise."""
+
+    __slots__ = ("requests",)
+
+    op = "linear_cross_entropy"
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        # A stack, since a model may run inside its own forward; the innermost call's request is the last.
+        self.requests: list[Request | None] = []
+
+    def run(self, module: Any, hidden_states: Tensor) -> Any:
+        request = self.requests[-1] if self.requests else None
+        weight, bias = module.weight, module.bias
+        if request is None or isinstance(weight, _Sharded):
+            return self.stock(module, hidden_states)
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        target = request.targets(x.shape[0]).to(x.device)
+        loss = liger_fn.linear_cross_entropy(x, weight, target, bias, ignore_index=request.ignore_index, reduction=request.reduction)
+        if request.num_items_in_batch is not None:
+            loss = request.normalize(loss)
+        return FusedLogits(loss, Source(self, hidden_states, weight, request))
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Ordinary logits, by a call of the module: whatever hooks gather its weight run again."""
+        self.requests.append(None)
+        try:
+            return self.module(hidden_states)
+        finally:
+            self.requests.pop()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"requests": []}  # labels belong to a call, not to the model
+
+
+class CausalLMLoss(Swap):
+    """The `loss_function` of a causal LM: the carried loss, or the same loss from ordinary logits."""
+
+    __slots__ = ("cross_entropy",)
+
+    op = "cross_entropy"
+    slot_name = "_loss_function"
+
+    @property
+    def wrapped(self) -> bool:
+        return False  # a loss that the user sets takes its place; it is theirs to keep
+
+    def __init__(self, module: nn.Module, cross_entropy: bool) -> None:
+        super().__init__(module)
+        self.cross_entropy = cross_entropy
+        if self.before and isinstance(self.before[0], CausalLMLoss):
+            self.before = self.before[0].before  # takes the place of an earlier one
+
+    def __call__(
+        self,
+        logits: Tensor | FusedLogits,
+        labels: Tensor,
+        vocab_size: int,
+        num_items_in_batch: Any = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        request = Request(labels, shift_labels, num_items_in_batch, ignore_index)
+        if isinstance(logits, FusedLogits):
+            if logits.source.request.same(request) and logits.shape[-1] == vocab_size:
+                return logits.loss
+            # The model asks for another loss than the one its caller asked for, so that one is of no use.
+            logits = logits.materialize()
+        if not self.cross_entropy:
+            return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+        logits = logits.view(-1, vocab_size)
+        target = request.targets(logits.shape[0]).to(logits.device)
+        loss = liger_fn.cross_entropy(logits, target, ignore_index=ignore_index, reduction=request.reduction)
+        return loss if num_items_in_batch is None else request.normalize(loss)
+
+
+def _same_number(a: Any, b: Any) -> bool:
+    return isinstance(a, int) and isinstance(b, int) and a == b

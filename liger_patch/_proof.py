@@ -1,0 +1,260 @@
+"""Is the replacement the same function as the original?
+
+Both run on small random inputs, forward and backward, and are held against the original in fp64:
+
+    ‖ours − truth‖ ≤ ‖original − truth‖ + one rounding of the output
+
+for the value and every gradient. What runs is the module's own class on a *stand-in*: a shallow copy of the module with small random
+weights. So a proof costs the same for any model size, cannot be fooled by special weights (a norm's, at initialisation, are all ones), and
+needs no weight that is sharded, quantised or not there yet. Inputs come from generators of their own: no random state is touched.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from ._head import CausalLMForward, CausalLMLoss, HeadForward
+from ._modules import GLUForward, NormForward
+from ._rope import RopeForward, rotary
+
+Run = Callable[[torch.dtype], Mapping[str, Tensor]]  # values and gradients by name, from inputs rounded once and then held in this dtype
+
+
+class Disagreement(Exception):
+    """A replacement is not the function that it would replace, or one of the two does not run."""
+
+
+class InDouble(TorchFunctionMode):
+    """Casts to fp32 go to fp64: models compute their statistics in fp32 by name, and the truth must not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        widen = {torch.float32: torch.float64}
+        args = tuple(widen.get(arg, arg) if isinstance(arg, torch.dtype) else arg for arg in args)
+        kwargs = {name: widen.get(arg, arg) if isinstance(arg, torch.dtype) else arg for name, arg in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+def compare(original: Run, ours: Run, dtype: torch.dtype, device: torch.device, slack: float = 1.0) -> None:
+    """Hold `ours` to the rule.
+
+    Args:
+        original: runs the function as it was.
+        ours: runs the replacement.
+        dtype: the model's dtype.
+        device: where both run.
+        slack: multiplies the original's own error. 1 for one function; more for a chain of them, whose roundings do not add up in order.
+
+    Raises:
+        Disagreement: the rule does not hold, or one of the two raised.
+    """
+    with quiet(device):
+        naive = _run("the original", original, dtype)
+        with InDouble():
+            truth = _run("the original in fp64", original, torch.float64)
+        mine = _run("the replacement", ours, dtype)
+    rounding = torch.finfo(dtype).eps
+    for name in truth:
+        error, allowed = _distance(mine[name], truth[name]), slack * _distance(naive[name], truth[name])
+        allowed += rounding * float(torch.linalg.vector_norm(truth[name].double()))
+        # A loss that the original rounds to fp32 in an fp64 model may keep its digits.
+        if mine[name].shape != naive[name].shape or (mine[name].dtype != naive[name].dtype and dtype is not torch.float64):
+            got, want = (f"{t.dtype} {list(t.shape)}" for t in (mine[name], naive[name]))
+            raise Disagreement(f"the {name} is {got}, the original's is {want}")
+        if not error <= allowed:
+            raise Disagreement(
+                f"the {name} is off by {error:.3g} from the original in fp64, where {allowed:.3g} is allowed ({dtype}, {device})"
+            )
+
+
+def quiet(device: torch.device) -> AbstractContextManager[Any]:
+    """Gradients on, autocast off: a proof gives the same answer wherever it is asked for."""
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.enable_grad())
+    stack.enter_context(torch.autocast(device.type, enabled=False))
+    return stack
+
+
+def normal(shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, seed: int, rounded: torch.dtype, scale: Any = 1.0) -> Tensor:
+    """Random numbers that are exact in `rounded`, held in `dtype`, with gradients asked for."""
+    values = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu") * scale
+    return values.to(rounded).to(device, dtype).requires_grad_()
+
+
+def gradients(outputs: Sequence[Tensor], inputs: Mapping[str, Tensor], seed: int = 99) -> dict[str, Tensor]:
+    """Gradients of the outputs' inner product with fixed random cotangents."""
+    cotangents = [
+        torch.randn(tuple(y.shape), generator=torch.Generator().manual_seed(seed + i), dtype=torch.float64, device="cpu").bfloat16()
+        for i, y in enumerate(outputs)
+    ]
+    grads = torch.autograd.grad(
+        list(outputs), list(inputs.values()), [c.to(y.device, y.dtype) for c, y in zip(cotangents, outputs, strict=True)]
+    )
+    return {f"gradient of {name}": grad for name, grad in zip(inputs, grads, strict=True)}
+
+
+def where(module: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """The dtype that a module computes in, and a device on which its proof can run."""
+    tensors = [p for p in module.parameters() if p.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)]
+    if not tensors:
+        return torch.float32, torch.device("cpu")
+    device = tensors[0].device
+    return tensors[0].dtype, torch.device("cpu") if device.type == "meta" else device
+
+
+def stand_in(
+    module: nn.Module, *, modules: Mapping[str, nn.Module] | None = None, parameters: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """A shallow copy of a module, stock and without hooks, in which some children and parameters are others."""
+    twin = object.__new__(type(module))
+    hooks = {name: type(value)() for name, value in module.__dict__.items() if name.endswith("_hooks") and isinstance(value, dict)}
+    own = {name: value for name, value in module.__dict__.items() if name not in ("forward", "_old_forward", "_loss_function")}
+    twin.__dict__.update(own, **hooks)
+    twin.__dict__["_modules"] = {**module._modules, **(modules or {})}
+    twin.__dict__["_parameters"] = {**module._parameters, **(parameters or {})}
+    return twin
+
+
+# --- one proof a kind of swap -----------------------------------------------------------------------------------------------------------
+
+
+def prove_norm(swap: NormForward) -> None:
+    module = swap.module
+    dtype, device = where(module)
+    size = int(module.weight.shape[-1]) if module.weight.numel() else 64
+    # Rows from far below to far above sqrt(eps), so that eps counts in some and rounding in others.
+    scale = torch.tensor([1e-4, 1e-3, 1e-2, 1.0, 3.0, 30.0], dtype=torch.float64).view(2, 3, 1)
+
+    def run(forward: Callable[..., Any]) -> Run:
+        def values(held: torch.dtype) -> Mapping[str, Tensor]:
+            weight = normal((size,), held, device, seed=1, rounded=dtype)
+            x = normal((2, 3, size), held, device, seed=2, rounded=dtype, scale=scale)
+            y = forward(stand_in(module, parameters={"weight": weight}), x)
+            return {"output": y} | gradients([y], {"input": x, "weight": weight})
+
+        return values
+
+    compare(run(type(module).forward), run(swap.run), dtype, device)
+
+
+def prove_glu(swap: GLUForward) -> None:
+    module = swap.module
+    dtype, device = where(module)
+    shapes = {"gate_proj": (64, 32), "up_proj": (64, 32), "down_proj": (32, 64)}
+
+    def run(forward: Callable[..., Any]) -> Run:
+        def values(held: torch.dtype) -> Mapping[str, Tensor]:
+            linears = {name: _linear(*shape, held, device, seed=i, rounded=dtype) for i, (name, shape) in enumerate(shapes.items())}
+            x = normal((2, 5, 32), held, device, seed=7, rounded=dtype, scale=3.0)
+            y = forward(stand_in(module, modules=linears), x)
+            return {"output": y} | gradients([y], {"input": x} | {f"{name}.weight": linear.weight for name, linear in linears.items()})
+
+        return values
+
+    compare(run(type(module).forward), run(swap.run), dtype, device)
+
+
+def prove_rope(swap: RopeForward) -> None:
+    module = swap.module
+    dtype, device = where(module)
+    original = inspect.unwrap(type(module).forward).__globals__[swap.function]
+    parameters = list(inspect.signature(original).parameters.values())
+    expected = list(inspect.signature(rotary).parameters.values())
+    if [(p.name, p.default) for p in parameters] != [(p.name, p.default) for p in expected]:
+        raise Disagreement(f"{swap.function} takes {inspect.signature(original)}, not (q, k, cos, sin, unsqueeze_dim=1)")
+    size = int(module.head_dim)
+
+    def run(function: Callable[..., Any]) -> Run:
+        def values(held: torch.dtype) -> Mapping[str, Tensor]:
+            q = normal((2, 3, 5, size), held, device, seed=1, rounded=dtype)
+            k = normal((2, 1, 5, size), held, device, seed=2, rounded=dtype)
+            angles = normal((1, 5, size // 2), torch.float64, torch.device("cpu"), seed=3, rounded=torch.float64, scale=math.pi).detach()
+            angles = torch.cat((angles, angles), -1)
+            cos, sin = (t.to(dtype).to(device, held) for t in (angles.cos(), angles.sin()))
+            outputs = function(q, k, cos, sin)
+            return dict(zip(("queries", "keys"), outputs, strict=True)) | gradients(outputs, {"queries": q, "keys": k})
+
+        return values
+
+    compare(run(original), run(rotary), dtype, device)
+
+
+def prove_head(root: PreTrainedModel, name: str, head: bool, cross_entropy: bool) -> None:
+    """The causal LM's own forward over fixed hidden states: its post-processing of logits and its loss, in training and in evaluation."""
+    layer = getattr(root, name)
+    dtype, device = where(layer)
+    vocab, hidden = int(root.config.vocab_size), 32
+
+    def run(patched: bool, training: bool, **extra: Any) -> Run:
+        def values(held: torch.dtype) -> Mapping[str, Tensor]:
+            states = normal((2, 5, hidden), held, device, seed=1, rounded=dtype)
+            linear = _linear(vocab, hidden, held, device, seed=2, rounded=dtype, bias=getattr(layer, "bias", None) is not None)
+            twin = stand_in(root, modules={root.base_model_prefix: _Fixed(states), name: linear})
+            twin.__dict__["training"] = training
+            if patched:
+                install_head(twin, name, head, cross_entropy)
+            labels = torch.randint(vocab, (2, 5), generator=torch.Generator().manual_seed(3), device="cpu").to(device)
+            labels[0, 1] = extra.get("ignore_index", -100)
+            output = twin.forward(input_ids=labels, labels=labels, **extra)
+            weights = dict(linear.named_parameters())
+            return {"loss": output.loss} | gradients([output.loss], {"hidden states": states} | weights) | {"logits": output.logits + 0}
+
+        return values
+
+    for training in (True, False):
+        for extra in ({}, {"num_items_in_batch": 7, "ignore_index": 1}):
+            compare(run(False, training, **extra), run(True, training, **extra), dtype, device)
+
+
+def install_head(root: nn.Module, name: str, head: bool, cross_entropy: bool) -> None:
+    """Make the swaps of a causal LM's head: `head` for its two forwards, and its loss function in either case."""
+    if head:
+        inner = HeadForward(getattr(root, name))
+        outer = CausalLMForward(root, inner, name)
+        inner.install()
+        outer.install()
+    CausalLMLoss(root, cross_entropy).install()
+
+
+class _Fixed(nn.Module):
+    """A base model whose hidden states are given."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self.states)
+
+
+def _linear(
+    rows: int, columns: int, held: torch.dtype, device: torch.device, *, seed: int, rounded: torch.dtype, bias: bool = False
+) -> nn.Linear:
+    linear = nn.Linear(columns, rows, bias=bias, device="meta")
+    linear.weight = nn.Parameter(normal((rows, columns), held, device, seed=seed, rounded=rounded, scale=columns**-0.5).detach())
+    if bias:
+        linear.bias = nn.Parameter(normal((rows,), held, device, seed=seed + 50, rounded=rounded).detach())
+    return linear
+
+
+def _run(who: str, run: Run, dtype: torch.dtype) -> Mapping[str, Tensor]:
+    try:
+        return {name: value.detach() for name, value in run(dtype).items()}
+    except Exception as error:
+        raise Disagreement(f"{who} does not run on a small input: {type(error).__name__}: {error}") from error
+
+
+def _distance(a: Tensor, truth: Tensor) -> float:
+    return float(torch.linalg.vector_norm(a.double() - truth.double())) if a.shape == truth.shape else math.inf

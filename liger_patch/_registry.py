@@ -1,0 +1,46 @@
+"""Which model types are known, and the operations each has."""
+
+from __future__ import annotations
+
+from ._errors import PatchError
+from ._spec import Arch
+from .archs import ARCHS
+
+_entries: dict[str, Arch] = {arch.model_type: arch for arch in ARCHS}
+
+
+def supported() -> dict[str, tuple[str, ...]]:
+    """The model types that can be patched, and the operations replaced in each.
+
+    Returns:
+        `{model_type: operations}`, in alphabetical order of the model types.
+    """
+    return {model_type: tuple(_entries[model_type].ops()) for model_type in sorted(_entries)}
+
+
+def register(arch: Arch, *, replace: bool = False) -> None:
+    """Add an entry, so that `auto` knows one more model type.
+
+    Args:
+        arch: the entry.
+        replace: permit it to take the place of an entry for the same model type.
+
+    Raises:
+        TypeError: `arch` is not an `Arch`.
+        ValueError: the model type has an entry and `replace` is False.
+    """
+    if not isinstance(arch, Arch):
+        raise TypeError(f"register: expected a liger_patch.Arch, got {type(arch).__name__}")
+    if arch.model_type in _entries and not replace:
+        raise ValueError(f"register: model type {arch.model_type!r} has an entry already; pass replace=True to put this one in its place")
+    _entries[arch.model_type] = arch
+
+
+def entry(model_type: str) -> Arch:
+    """The entry of a model type, or a `PatchError` that says which there are and how to add one."""
+    if model_type not in _entries:
+        raise PatchError(
+            f"auto: no entry for model type {model_type!r}. Supported: {', '.join(supported())}. "
+            f"Add one with liger_patch.register(liger_patch.Arch(model_type={model_type!r}, norm=..., mlp=..., rope=..., head=...))"
+        )
+    return _entries[model_type]

@@ -1,0 +1,135 @@
+"""One replaced attribute of one module, and how it is put back.
+
+A swap lives in the module's own `__dict__`, where it hides the class's attribute from this instance alone. It knows its module, its slot
+and what stood there before, and nothing outside the model remembers a patch: so a deep copy or an unpickled model carries swaps bound to
+its own modules, and each can be undone by itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+RECORD = "_liger_patch"  # where a patched model notes its swaps
+
+
+class Swap:
+    """An attribute that hides the class's own in one module's `__dict__`."""
+
+    __slots__ = ("before", "module", "slot")
+
+    op: str  # the operation it stands for
+    slot_name: str  # the attribute it hides
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+        self.slot = _slot(module, self.slot_name)
+        # A tuple tells "nothing stood here" from "None stood here", and survives copies, where a sentinel would not.
+        self.before: tuple[Any, ...] = (module.__dict__[self.slot],) if self.slot in module.__dict__ else ()
+
+    def install(self) -> None:
+        self.module.__dict__[self.slot] = self
+
+    def remove(self) -> None:
+        """Put back what stood here. The caller has made sure that the swap is still `current`."""
+        slot = _slot(self.module, self.slot_name)
+        if self.before:
+            self.module.__dict__[slot] = self.before[0]
+        elif slot != self.slot:
+            # An accelerate hook came after the swap and calls what it keeps in its slot, so that slot cannot be left empty.
+            self.module.__dict__[slot] = MethodType(type(self.module).forward, self.module)
+        else:
+            del self.module.__dict__[slot]
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether something of someone else's now stands where this swap was put."""
+        return installed(self.module, self.slot_name) is not self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for cls in type(self).__mro__ for name in cls.__dict__.get("__slots__", ())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class Forward(Swap):
+    """A module's forward, for this instance. Looks like a bound method to whoever inspects, wraps or rebinds it."""
+
+    __slots__ = ()
+
+    slot_name = "forward"
+    __name__ = "forward"
+
+    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def stock(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What the module would do without this swap."""
+        return self.before[0](*args, **kwargs) if self.before else type(module).forward(module, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self.module, *args, **kwargs)
+
+    # Libraries that wrap a forward take it apart by these two and bind the pieces again, perhaps to a shallow copy of the module.
+    @property
+    def __self__(self) -> nn.Module:
+        return self.module
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        return self.run
+
+    # Trainers and generate() read the signature to learn what a model accepts.
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(MethodType(type(self.module).forward, self.module))
+
+
+def installed(module: nn.Module, slot_name: str) -> Swap | None:
+    """The swap that a module calls in this slot, if it is one of ours."""
+    value = module.__dict__.get(_slot(module, slot_name))
+    # Bound anew from its pieces (see Forward.__func__), a swap is the `self` of its own `run`.
+    value = getattr(getattr(value, "__func__", None), "__self__", value)
+    return value if isinstance(value, Swap) else None
+
+
+def swaps(root: nn.Module) -> Iterator[Swap]:
+    """Every swap in a model that is its module's own."""
+    for module in root.modules():
+        for slot_name in ("forward", "_loss_function"):
+            swap = installed(module, slot_name)
+            if swap is not None and swap.module is module:
+                yield swap
+
+
+def install(root: nn.Module, new: Iterable[Swap]) -> None:
+    """Install swaps, and note on the model which it has: a wrapper around one of them would hide it from a search."""
+    new = tuple(new)
+    for swap in new:
+        swap.install()
+    if new:
+        places = {(id(swap.module), swap.slot_name) for swap in new}
+        kept = [swap for swap in recorded(root) if (id(swap.module), swap.slot_name) not in places]
+        root.__dict__[RECORD] = (*kept, *new)
+
+
+def recorded(root: nn.Module) -> tuple[Swap, ...]:
+    """The swaps that a model was given."""
+    return root.__dict__.get(RECORD, ())
+
+
+def is_stock(module: nn.Module) -> bool:
+    """Whether the module runs the forward of its class: no one has put another one on this instance."""
+    value = module.__dict__.get(_slot(module, "forward"))
+    return value is None or (getattr(value, "__self__", None) is module and getattr(value, "__func__", None) is type(module).forward)
+
+
+def _slot(module: nn.Module, name: str) -> str:
+    """Where the attribute stands: accelerate's hooks take `forward` for themselves and call what they keep as `_old_forward`."""
+    return "_old_forward" if name == "forward" and "_old_forward" in module.__dict__ else name

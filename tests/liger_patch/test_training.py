@@ -1,0 +1,239 @@
+"""Training: the same numbers, whatever trains the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import liger_patch
+
+from .models import labels_of, llama, same_gradients, tokens
+
+
+def losses(model: nn.Module, steps: int = 4, **arguments: object) -> list[float]:
+    """Losses of a few steps; the gradients of the last one stay on the model."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    seen = []
+    for step in range(steps):
+        ids = tokens(seed=step).to(next(model.parameters()).device)
+        loss = model(input_ids=ids, labels=labels_of(ids), **arguments).loss
+        optimizer.zero_grad()
+        loss.backward()
+        if step < steps - 1:
+            optimizer.step()
+        seen.append(loss.item())
+    return seen
+
+
+def close(got: list[float], expected: list[float]) -> None:
+    assert len(set(expected)) == len(expected), "the model must have moved"
+    assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_is_the_same_on_every_backend(backend, device):
+    stock, ours = llama().to(device), llama().to(device)
+    liger_patch.auto(ours)
+    close(losses(ours, steps=3), losses(stock, steps=3))
+    # Adam turns rounding in a gradient near zero into a step, so gradients are compared from equal weights.
+    stock.load_state_dict(ours.state_dict())
+    for model in (stock, ours):
+        losses(model, steps=1)
+    same_gradients(ours, stock)
+
+
+def test_gradient_accumulation():
+    stock, ours = llama(), llama()
+    liger_patch.auto(ours)
+    for model in (stock, ours):
+        for seed in range(3):
+            ids = tokens(seed=seed)
+            model(ids, labels=labels_of(ids), num_items_in_batch=50).loss.backward()
+    same_gradients(ours, stock)
+
+
+def test_a_second_backward():
+    model, ids = llama(), tokens()
+    liger_patch.auto(model)
+    loss = model(ids, labels=ids).loss
+    loss.backward(retain_graph=True)
+    once = {name: p.grad.clone() for name, p in model.named_parameters()}
+    loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, 2 * once[name])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_gradient_checkpointing(when, reentrant):
+    stock, ours = llama(), llama()
+    if when == "after":
+        liger_patch.auto(ours)
+    for model in (stock, ours):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if when == "before":
+        liger_patch.auto(ours)
+    for model in (stock, ours):
+        model.enable_input_require_grads()
+        ids = tokens()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    same_gradients(ours, stock)
+
+
+def test_autocast():
+    stock, ours, ids = llama(), llama(), tokens()
+    liger_patch.auto(ours)
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = (model(ids, labels=ids) for model in (stock, ours))
+    assert b.logits.dtype == a.logits.dtype
+    torch.testing.assert_close(b.loss, a.loss, rtol=1e-2, atol=0)
+    b.loss.backward()
+    assert ours.lm_head.weight.grad.dtype == torch.float32
+
+
+def test_compiled_training_starts_with_the_same_loss(fresh_compiler):
+    model, other, ids = llama(), llama(), tokens()
+    expected = model(ids, labels=ids).loss
+    liger_patch.auto(model)
+    liger_patch.auto(other)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got = losses(compiled, steps=3)
+    close(got, losses(other, steps=3))
+    fresh = llama()
+    liger_patch.auto(fresh)
+    output = torch.compile(fresh, fullgraph=True, backend="aot_eager")(ids, labels=ids)
+    torch.testing.assert_close(output.loss, expected, rtol=1e-6, atol=0)
+    assert not isinstance(output.logits, torch.Tensor)
+    torch.testing.assert_close(output.logits[0], llama()(ids).logits[0])
+    assert fresh.lm_head.forward.requests == []
+
+
+def test_compiled_evaluation_and_other_arguments(fresh_compiler):
+    model, ids = llama(), tokens()
+    expected = llama()(ids, labels=ids, num_items_in_batch=torch.tensor(9)).loss
+    liger_patch.auto(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids, labels=ids, num_items_in_batch=torch.tensor(9)).loss, expected, rtol=1e-6, atol=0)
+    model.eval()
+    output = compiled(ids, labels=ids)
+    assert isinstance(output.logits, torch.Tensor)
+    torch.testing.assert_close(output.loss, llama().eval()(ids, labels=ids).loss, rtol=1e-6, atol=0)
+
+
+def lora(model: nn.Module, **changes: object) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM", **changes}))
+    return wrapped.train()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_lora(when):
+    targets = ["q_proj", "k_proj", "gate_proj", "up_proj", "down_proj"]
+    stock, ours = lora(llama(), target_modules=targets), llama()
+    if when == "before":
+        liger_patch.auto(ours)
+    ours = lora(ours, target_modules=targets)
+    report = liger_patch.auto(ours)
+    assert {row.status for row in report} == {"already" if when == "before" else "patched"}
+    close(losses(ours), losses(stock))
+    same_gradients(ours, stock, rel=1e-3)
+    assert not isinstance(ours(tokens(), labels=tokens()).logits, torch.Tensor)
+    assert liger_patch.verify(ours).rows[-1].status == "proved"
+
+
+@pytest.mark.parametrize("how", [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_adapter_on_the_head_leaves_the_head_stock(how, when):
+    stock, ours = lora(llama(), **how), llama()
+    if when == "before":
+        liger_patch.auto(ours)
+    ours = lora(ours, **how)
+    report = liger_patch.auto(ours)
+    (left,) = report.where("left")
+    assert (left.path, left.op) == ("lm_head", "linear_cross_entropy")
+    assert "peft" in left.why
+    close(losses(ours), losses(stock))
+    assert isinstance(ours(tokens(), labels=tokens()).logits, torch.Tensor)
+    liger_patch.revert(ours)
+    assert all(not hasattr(module.__dict__.get("forward"), "slot") for module in ours.modules())
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerate_prepares_and_unwraps(precision):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision)
+    model, ids = llama(), tokens()
+    expected = model(ids, labels=ids).loss
+    liger_patch.auto(model)
+    prepared = accelerator.prepare_model(model)
+    output = prepared(ids, labels=ids, num_items_in_batch=None)
+    torch.testing.assert_close(output.loss, expected, rtol=1e-2 if precision == "bf16" else 1e-6, atol=0)
+    accelerator.backward(output.loss)
+    plain = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    torch.testing.assert_close(plain(ids, labels=ids).loss, expected, rtol=1e-2 if precision == "bf16" else 1e-6, atol=0)
+    liger_patch.revert(plain)
+    assert "forward" not in plain.model.norm.__dict__
+    assert {row.status for row in liger_patch.plan(plain)} == {"planned"}
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_wrapped_model_cannot_be_reverted_under_its_wrapper():
+    accelerate = pytest.importorskip("accelerate")
+    model = llama()
+    liger_patch.auto(model)
+    accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    with pytest.raises(liger_patch.PatchError, match=r"wrapped since, on the model\. .*unwrap_model"):
+        liger_patch.revert(model)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trainer(tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    def train(model):
+        options = {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1, "eval_steps": 3}
+        arguments = TrainingArguments(
+            str(tmp_path), report_to=[], use_cpu=True, save_strategy="no", eval_strategy="steps", disable_tqdm=True, **options
+        )
+        data = [{"input_ids": row, "labels": row} for seed in range(6) for row in tokens(seed=seed)]
+        trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data[:2])
+        assert trainer.model_accepts_loss_kwargs
+        trainer.train()
+        return [entry[key] for entry in trainer.state.log_history for key in ("loss", "eval_loss", "grad_norm") if key in entry]
+
+    ours = llama()
+    liger_patch.auto(ours)
+    got, expected = train(ours), train(llama())
+    assert len(expected) >= 7
+    assert got == pytest.approx(expected, rel=1e-4)
+
+
+def test_sharded_training_gathers_the_heads_weight():
+    """FSDP2 frees a layer's weight after its forward and gathers it again for its backward, by hooks on the tensors that the forward returns."""
+    dist = pytest.importorskip("torch.distributed")
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("needs gloo")
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        stock, ours, late, ids = llama(), llama(), llama(), tokens()
+        liger_patch.auto(ours)
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for model in (ours, late):
+            for layer in (*model.model.layers, model.lm_head, model):
+                fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        assert {row.status for row in liger_patch.auto(late)} == {"patched"}
+        stock(ids, labels=ids).loss.backward()
+        for model in (ours, late):
+            output = model(ids, labels=ids)
+            torch.testing.assert_close(output.logits + 0, stock(ids).logits)
+            output.loss.backward()
+            for (name, p), q in zip(model.named_parameters(), stock.parameters(), strict=True):
+                torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-4, atol=1e-6, msg=name)
+        assert liger_patch.verify(ours).rows[-1].status == "not verified"
+    finally:
+        dist.destroy_process_group()
