@@ -29,10 +29,10 @@ help: ## what there is to make
 demo: $(READY) ## train a small Llama on real text, stock and patched, and compare (DEMO_ARGS="--help" lists the options)
 	@$(PY) examples/quickstart.py $(DEMO_ARGS)
 
-# On a CPU the tests share the cores, one thread each; a GPU is not shared between processes.
+# On a CPU the tests share the cores, and their threads sleep while they wait; a GPU is not shared between processes.
 test: $(READY) ## run the tests once
 	@if $(HAS_GPU); then $(PY) -m pytest -p no:benchmark tests $(PYTEST_ARGS); \
-	else OMP_NUM_THREADS=1 $(PY) -m pytest -p no:benchmark -n auto --maxprocesses 4 --dist worksteal tests $(PYTEST_ARGS); fi
+	else OMP_WAIT_POLICY=passive $(PY) -m pytest -p no:benchmark -n auto --maxprocesses 4 --dist worksteal tests $(PYTEST_ARGS); fi
 
 check: $(READY) ## lint, format and types, nothing changed
 	@$(PY) -m ruff check .

@@ -120,6 +120,8 @@ class RunFailed(Exception):
 
 def execute(train: Callable[[Run, Meter], None], run: Run, log: Path, on_step: Callable[[int, float], None]) -> Result:
     """Train in a new process, calling `on_step(step, loss)` as it goes. What it writes to its terminal goes to `log`."""
+    # CPU threads that spin while they wait for each other make a step ten times as long where other programs use the cores too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(train, run, sender, log), name=run.name)

@@ -10,13 +10,13 @@ and the report (_report.py, _figure.py) are beside it.
 import sys
 from collections.abc import Sequence
 
-import liger_patch
 import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 import _figure
 import _report
+import liger_patch
 from _corpus import SEPARATOR, batches, load_tokenizer, prepare
 from _options import Options, parse
 from _presets import Preset
@@ -70,7 +70,7 @@ def train(run: Run, meter: Meter) -> None:
         meter.result.sample = generate(model, run)
 
 
-def generate(model: PreTrainedModel, run: Run, tokens: int = 96) -> str:
+def generate(model: PreTrainedModel, run: Run, tokens: int = 64) -> str:
     """What the model writes after `PROMPT`."""
     tokenizer = load_tokenizer(run.folder)
     config = GenerationConfig(

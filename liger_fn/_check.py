@@ -18,7 +18,9 @@ def floating(op: str, **tensors: Tensor) -> None:
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
         if t.dtype not in FLOATS:
-            raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {t.dtype}; convert it with .to(torch.float32)")
+            raise TypeError(
+                f"{op}: {name} must be float32, bfloat16, float16 or float64, got {t.dtype}; convert it with .to(torch.float32)"
+            )
 
 
 def optional(op: str, **tensors: Tensor | None) -> None:
@@ -30,7 +32,9 @@ def same_device(op: str, x: Tensor, **others: Tensor | None) -> None:
     """Every other tensor lives where `x` does."""
     for name, t in others.items():
         if t is not None and t.device != x.device:
-            raise ValueError(f"{op}: {name} must be on {x.device} like the first argument, got {t.device}; move it with .to({str(x.device)!r})")
+            raise ValueError(
+                f"{op}: {name} must be on {x.device} like the first argument, got {t.device}; move it with .to({str(x.device)!r})"
+            )
 
 
 def shape(op: str, name: str, t: Tensor, want: tuple[int, ...], why: str) -> None:
@@ -91,10 +95,7 @@ def classes(op: str, target: Tensor, want: tuple[int, ...], why: str) -> Tensor:
     return target
 
 
-def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in the dtype that a matrix product takes under an active autocast; as they are otherwise."""
-    device = x.device.type
-    if not autocasts(device) or x.dtype is torch.float64:
-        return (x, *others)
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None else t.to(dtype) for t in (x, *others))
+def autocast(t: Tensor) -> Tensor:
+    """`t` in the dtype that a matrix product takes under an active autocast; as it is otherwise."""
+    device = t.device.type
+    return t.to(torch.get_autocast_dtype(device)) if autocasts(device) and t.dtype is not torch.float64 else t

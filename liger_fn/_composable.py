@@ -83,7 +83,7 @@ class Composable:
     def _bwd_operator(self) -> Any:
         op = self.op
 
-        def parts(args: Args) -> tuple[Any, Any, Args, str]:
+        def parts(args: Args) -> tuple[Any, Any, Args, Any]:
             *tensors, needs, backend = args
             dy, fields = tensors[: op.n_out], tensors[op.n_out :]
             return op.residuals(*fields), dy[0] if op.n_out == 1 else tuple(dy), tuple(needs), backend
@@ -113,7 +113,7 @@ class Composable:
         def backward(ctx: Any, *d: Any) -> Args:
             options, backend = ctx.rest
             needs = list(ctx.needs_input_grad[:diff])
-            grads = inner.apply(*d[:n_out], *ctx.saved_tensors, *options, needs, backend)  # type: ignore[no-untyped-call]
+            grads = inner.apply(*d[:n_out], *ctx.saved_tensors, *options, needs, backend)
             return (*(g if n else None for g, n in zip(grads, needs, strict=True)), *no_more)
 
         inner = _autograd(f"{op.name}_bwd", lambda *args: bwd_op(*args), lambda ctx, args, out: None, refusal(op.name))
@@ -123,7 +123,7 @@ class Composable:
         def call(backend: str, graded: bool, *flat: Any) -> Any:
             transformed = torch._C._are_functorch_transforms_active()  # they hide which inputs are differentiated: allow for all
             needs = [t is not None and (transformed or (graded and t.requires_grad)) for t in flat[:diff]]
-            out = outer.apply(*flat, needs, backend)  # type: ignore[no-untyped-call]
+            out = outer.apply(*flat, needs, backend)
             return out[0] if n_out == 1 else out[:n_out]
 
         return call

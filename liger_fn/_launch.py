@@ -19,17 +19,11 @@ tl: Any
 jit: Callable[[Callable[..., Any]], Any]
 try:
     import triton
-    import triton.language as tl
+    import triton.language
 
-    jit = triton.jit
-    HAS_TRITON = True
-except ImportError:  # Windows, Mac, or a CPU-only install: the reference backend runs
-
-    def jit(fn: Callable[..., Any]) -> Any:
-        return fn
-
-    tl = SimpleNamespace(constexpr=int)
-    HAS_TRITON = False
+    jit, tl, HAS_TRITON = triton.jit, triton.language, True
+except ImportError:  # Windows, Mac, or a CPU-only install: the reference backend runs, and kernels stay plain functions that nobody calls
+    jit, tl, HAS_TRITON = lambda fn: fn, SimpleNamespace(constexpr=int), False
 
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 

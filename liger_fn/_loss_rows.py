@@ -19,6 +19,7 @@ from torch import Tensor
 from ._check import wide
 from ._launch import as_rows, jit, launch, next_power_of_2, tl, warps
 
+_FP64 = ("cpu", "cuda", "meta")  # devices that have fp64; Apple's and some of Intel's have not
 BLOCK = 16384  # columns a program reads at a time; a row of up to 256 KB is still in L2 when it is read again
 
 
@@ -35,7 +36,7 @@ class Rows(Protocol):
         loss: Tensor | None = None,
         grad: Tensor | None = None,
         scale: Tensor | None = None,
-        count: Tensor | None = None,
+        n_valid: Tensor | None = None,
     ) -> None:
         """
         Args:
@@ -43,16 +44,16 @@ class Rows(Protocol):
             stats: `[N, 2]`, the parts m and s; written when `loss` is given, else read.
             loss: `[N]`, written.
             grad: `[N, V]`, written; may be `logits` itself.
-            scale: `[N]` or one element, the cotangent; 1 when absent. count: one element, divides it.
+            scale: `[N]` or one element, the cotangent; 1 when absent. n_valid: one element, the number of rows that count, divides it.
         """
 
 
 class Valid(NamedTuple):
-    """Which rows count: `counted` and `wrong` are masks, `index` is always a legal column."""
+    """Which rows count: `counted` and `wrong` are masks, `column` is the target, made legal."""
 
     counted: Tensor
     wrong: Tensor
-    index: Tensor
+    column: Tensor
 
 
 def _valid(target: Tensor, ignore_index: int, v: int) -> Valid:
@@ -63,9 +64,9 @@ def _valid(target: Tensor, ignore_index: int, v: int) -> Valid:
 
 def losses(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """The definition: `[N]` losses, differentiable plain PyTorch."""
-    counted, wrong, index = _valid(target, ignore_index, logits.shape[-1])
+    counted, wrong, column = _valid(target, ignore_index, logits.shape[-1])
     a = torch.where(counted.unsqueeze(-1), wide(logits), 0.0)
-    return F.cross_entropy(a, index, reduction="none").masked_fill(~counted, 0.0).masked_fill(wrong, torch.nan)
+    return F.cross_entropy(a, column, reduction="none").masked_fill(~counted, 0.0).masked_fill(wrong, torch.nan)
 
 
 def plain_rows(
@@ -77,23 +78,23 @@ def plain_rows(
     loss: Tensor | None = None,
     grad: Tensor | None = None,
     scale: Tensor | None = None,
-    count: Tensor | None = None,
+    n_valid: Tensor | None = None,
 ) -> None:
     """`Rows` in plain PyTorch."""
     a = wide(logits)
-    counted, wrong, index = _valid(target, ignore_index, a.shape[-1])
+    counted, wrong, column = _valid(target, ignore_index, a.shape[-1])
     if loss is not None:
         top = a.amax(-1, keepdim=True)
         stats[:, 0] = top.squeeze(-1)
         stats[:, 1] = (a - top).logsumexp(-1)
-        loss.copy_(F.cross_entropy(a, index, reduction="none")).masked_fill_(~counted, 0.0).masked_fill_(wrong, torch.nan)
+        loss.copy_(F.cross_entropy(a, column, reduction="none")).masked_fill_(~counted, 0.0).masked_fill_(wrong, torch.nan)
     if grad is not None:
         p = torch.exp(a - stats[:, :1] - stats[:, 1:])
-        p.scatter_add_(-1, index.unsqueeze(-1), p.new_full((len(p), 1), -1.0))
+        p.scatter_add_(-1, column.unsqueeze(-1), p.new_full((len(p), 1), -1.0))
         if scale is not None:
             p *= scale.unsqueeze(-1)
-        if count is not None:
-            p /= count
+        if n_valid is not None:
+            p /= n_valid
         p.masked_fill_(wrong.unsqueeze(-1), torch.nan).masked_fill_(~counted.unsqueeze(-1), 0.0)
         grad.copy_(p)
 
@@ -111,7 +112,7 @@ def _exp(x, EXACT: tl.constexpr):
 
 @jit
 def _rows_kernel(
-    logits_ptr, target_ptr, stats_ptr, loss_ptr, grad_ptr, scale_ptr, count_ptr, stride, target_stride, grad_stride, scale_stride,
+    logits_ptr, target_ptr, stats_ptr, loss_ptr, grad_ptr, scale_ptr, n_valid_ptr, stride, target_stride, grad_stride, scale_stride,
     V, ignore_index, EXACT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -151,8 +152,8 @@ def _rows_kernel(
         scale = 1.0
         if scale_ptr is not None:
             scale = tl.load(scale_ptr + row * scale_stride).to(tl.float32)
-        if count_ptr is not None:
-            scale = scale / tl.load(count_ptr).to(tl.float32)
+        if n_valid_ptr is not None:
+            scale = scale / tl.load(n_valid_ptr).to(tl.float32)
         scale = tl.where(legal, scale, nan)
         for start in range(0, V, BLOCK):
             col = start + block
@@ -174,7 +175,7 @@ def kernel_rows(
     loss: Tensor | None = None,
     grad: Tensor | None = None,
     scale: Tensor | None = None,
-    count: Tensor | None = None,
+    n_valid: Tensor | None = None,
 ) -> None:
     """`Rows` in one Triton launch."""
     logits = as_rows(logits)
@@ -182,7 +183,7 @@ def kernel_rows(
     block = min(next_power_of_2(v), BLOCK)
     launch(
         _rows_kernel, (n,), logits.device,
-        logits, target, stats, loss, grad, scale, count, logits.stride(0), target.stride(0),
+        logits, target, stats, loss, grad, scale, n_valid, logits.stride(0), target.stride(0),
         0 if grad is None else grad.stride(0), 0 if scale is None or scale.numel() == 1 else scale.stride(0), v, ignore_index,
         EXACT=logits.dtype is torch.float32, BLOCK=block, num_warps=warps(block, least=4),
     )  # fmt: skip
@@ -200,13 +201,14 @@ def check_targets(op: str, target: Tensor, ignore_index: int, v: int) -> None:
         )
 
 
-def reduced(each: Tensor, count: Tensor | None, reduction: str, shape: torch.Size) -> Tensor:
-    """`[N]` losses as the reduction wants them; the mean over no valid target is 0."""
+def reduced(each: Tensor, n_valid: Tensor | None, reduction: str, shape: torch.Size) -> Tensor:
+    """`[N]` losses as the reduction wants them, summed in fp64: one rounding is all that is added. The mean over no valid row is 0."""
     if reduction == "none":
         return each.view(shape)
-    return each.sum() if count is None else each.sum() / count.clamp(min=1)
+    total = each.sum(dtype=torch.float64 if each.device.type in _FP64 else None)
+    return (total if n_valid is None else total / n_valid.clamp(min=1)).to(each.dtype)
 
 
-def counted(target: Tensor, ignore_index: int, reduction: str) -> Tensor | None:
+def valid_rows(target: Tensor, ignore_index: int, reduction: str) -> Tensor | None:
     """How many targets a mean divides by, as a tensor so that no device has to wait; None for the other reductions."""
     return (target != ignore_index).sum() if reduction == "mean" else None

@@ -60,8 +60,9 @@ class Op(Generic[P, R]):
         diff: int,
         n_out: int,
     ) -> None:
-        update_wrapper(self, arguments)  # type: ignore[arg-type]
-        self.__signature__ = inspect.signature(arguments).replace(return_annotation=Tensor if n_out == 1 else tuple[(Tensor,) * n_out])
+        update_wrapper(self, arguments)
+        returns = {1: Tensor, 2: tuple[Tensor, Tensor]}[n_out]
+        self.__signature__ = inspect.signature(arguments).replace(return_annotation=returns)
         self.name = arguments.__name__
         self.residuals, self.outputs, self.gradients = residuals, outputs, gradients
         self.diff, self.n_out = diff, n_out
@@ -81,7 +82,7 @@ class Op(Generic[P, R]):
         if self._composes(flat[: self.tensors]):
             return cast(R, self._composable.call(backend, graded, *flat))
         if graded:
-            return cast(R, self._lean.apply(backend, *flat))  # type: ignore[no-untyped-call]
+            return cast(R, self._lean.apply(backend, *flat))
         return cast(R, self.run_fwd(backend, flat, (False,) * self.diff)[0])
 
     def fwd(self, *args: P.args, **kwargs: P.kwargs) -> tuple[R, Any]:
@@ -195,7 +196,7 @@ def _lean(op: Op[..., Any]) -> type[Function]:
         with torch.no_grad():  # what fwd computed is freed once this returns, unless the graph is kept for another backward
             grads = op.run_bwd(backend, res, dy[0] if op.n_out == 1 else dy, ctx.needs_input_grad[1 : 1 + diff], not keep_graph())
         if torch.is_grad_enabled():
-            grads = refuse.apply(diff, *grads, *dy, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+            grads = refuse.apply(diff, *grads, *dy, *ctx.saved_tensors)
         return (None, *grads, *no_more)
 
     return type(op.name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})

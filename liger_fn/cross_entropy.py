@@ -2,7 +2,8 @@ r"""Cross entropy of logits against class indices.
 
     lse = log Σ_j exp(a_j)        loss = lse − a_y        da_j = dloss (exp(a_j − lse) − [j = y])
 
-over the rows whose target is not ignored; a mean divides by their number. Residuals: logits, target, the two parts of lse in fp32 (see `_loss_rows`), the count.
+over the rows whose target is not ignored; a mean divides by their number. Residuals: logits, target, the two parts of lse in fp32 (see
+`_loss_rows`), the number of valid rows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _check
-from ._loss_rows import Rows, check_targets, counted, kernel_rows, losses, plain_rows, reduced
+from ._loss_rows import Rows, check_targets, kernel_rows, losses, plain_rows, reduced, valid_rows
 from ._vjp import Args, Needs, custom_vjp
 
 Reduction = Literal["mean", "sum", "none"]
@@ -27,7 +28,7 @@ class Residuals(NamedTuple):
     logits: Tensor
     target: Tensor
     stats: Tensor
-    count: Tensor | None
+    n_valid: Tensor | None
     ignore_index: int
     reduction: str
 
@@ -38,7 +39,7 @@ class Residuals(NamedTuple):
 def _reference(logits: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
     flat = target.reshape(-1)
     each = losses(logits.reshape(-1, logits.shape[-1]), flat, ignore_index)
-    return reduced(each, counted(flat, ignore_index, reduction), reduction, target.shape)
+    return reduced(each, valid_rows(flat, ignore_index, reduction), reduction, target.shape)
 
 
 # --- forward and backward: the rows of `_loss_rows`, in plain PyTorch or in one kernel ---------------------------------------------------
@@ -47,8 +48,8 @@ def _reference(logits: Tensor, target: Tensor, ignore_index: int, reduction: str
 def _outputs(logits: Tensor, target: Tensor, ignore_index: int, reduction: str, needs: Needs) -> tuple[Tensor, Tensor, Tensor | None]:
     dtype = _check.wide_dtype(logits)
     y = logits.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
-    count = target.new_empty((), dtype=torch.int64) if reduction == "mean" else None
-    return y, logits.new_empty(target.numel(), 2, dtype=dtype), count
+    n_valid = target.new_empty((), dtype=torch.int64) if reduction == "mean" else None
+    return y, logits.new_empty(target.numel(), 2, dtype=dtype), n_valid
 
 
 def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None]:
@@ -59,20 +60,20 @@ def _fwd(logits: Tensor, target: Tensor, ignore_index: int, reduction: str, need
     v, flat = logits.shape[-1], target.reshape(-1)
     check_targets("cross_entropy", flat, ignore_index, v)
     _, stats, _ = _outputs(logits, target, ignore_index, reduction, needs)
-    each, count = torch.empty_like(stats[:, 0]), counted(flat, ignore_index, reduction)
+    each, n_valid = torch.empty_like(stats[:, 0]), valid_rows(flat, ignore_index, reduction)
     rows(logits.reshape(-1, v), flat, ignore_index, stats=stats, loss=each)
-    return reduced(each, count, reduction, target.shape), Residuals(logits, target, stats, count, ignore_index, reduction)
+    return reduced(each, n_valid, reduction, target.shape), Residuals(logits, target, stats, n_valid, ignore_index, reduction)
 
 
 def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, rows: Rows) -> tuple[Tensor | None]:
-    logits, target, stats, count, ignore_index, reduction = res
+    logits, target, stats, n_valid, ignore_index, reduction = res
     (dlogits,) = _gradients(res, dy, needs)
     if dlogits is not None:
         v = logits.shape[-1]
-        count = count if reduction == "mean" else None
+        n_valid = n_valid if reduction == "mean" else None
         rows(
             logits.reshape(-1, v), target.reshape(-1), ignore_index,
-            stats=stats, grad=dlogits.view(-1, v), scale=dy.reshape(-1), count=count,
+            stats=stats, grad=dlogits.view(-1, v), scale=dy.reshape(-1), n_valid=n_valid,
         )  # fmt: skip
     return (dlogits,)
 

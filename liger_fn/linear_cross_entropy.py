@@ -22,10 +22,11 @@ from torch import Tensor
 from . import _check
 from ._check import wide
 from ._launch import cdiv, jit, launch, tl
-from ._loss_rows import Rows, check_targets, counted, kernel_rows, losses, plain_rows, reduced
+from ._loss_rows import Rows, check_targets, kernel_rows, losses, plain_rows, reduced, valid_rows
 from ._vjp import Args, Needs, custom_vjp
 from .cross_entropy import REDUCTIONS, Reduction
 
+RUN = 512  # terms an fp32 product of a chunk sums one after another
 MEMORY_BUDGET = 256 * 2**20  # bytes of logits at a time: cuBLAS is near its ceiling there (H100)
 
 
@@ -37,7 +38,7 @@ class Residuals(NamedTuple):
     bias: Tensor | None
     target: Tensor
     stats: Tensor
-    count: Tensor | None
+    n_valid: Tensor | None
     dx: Tensor | None
     dweight: Tensor | None
     dbias: Tensor | None
@@ -54,7 +55,7 @@ def _reference(
 ) -> Tensor:  # fmt: skip
     flat = target.reshape(-1)
     each = losses(F.linear(x.reshape(-1, x.shape[-1]), weight, bias), flat, ignore_index)
-    return reduced(each, counted(flat, ignore_index, reduction), reduction, target.shape)
+    return reduced(each, valid_rows(flat, ignore_index, reduction), reduction, target.shape)
 
 
 # --- kernel -----------------------------------------------------------------------------------------------------------------------------
@@ -107,11 +108,22 @@ def _storage(t: Tensor) -> torch.dtype:
     return torch.float32 if t.dtype is torch.float16 else t.dtype
 
 
+def _product(a: Tensor, b: Tensor, out: Tensor, *, add: bool, single: bool) -> None:
+    """`out = a b`, or `out += a b`.
+
+    In fp32 the order of a long sum shows. A library splits one large product's sum into runs by itself; the smaller products of chunks it
+    may not, so their runs are made short here, for an error no larger than the large product's.
+    """
+    run = a.shape[1] if single or a.dtype is not torch.float32 else RUN
+    for i in range(0, a.shape[1], run):
+        torch.addmm(out, a[:, i : i + run], b[i : i + run], beta=1 if add or i else 0, out=out)
+
+
 class _Sums:
     """The gradients of one call, gathered chunk by chunk: dx by rows, dweight and dbias as sums in fp32, rounded once at the end."""
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs, single: bool) -> None:
-        self.x, self.weight = x, weight
+        self.x, self.weight, self.single = x, weight, single
         self.dx = torch.empty_like(x) if needs[0] else None
         self.dweight = torch.zeros_like(weight, dtype=_storage(weight) if single else _check.wide_dtype(weight)) if needs[1] else None
         self.dbias = None if bias is None or not needs[2] else torch.zeros_like(bias, dtype=_check.wide_dtype(bias))
@@ -119,10 +131,10 @@ class _Sums:
     def add(self, at: slice, g: Tensor) -> None:
         """Take in the gradient `g` of the logits of the rows `at`."""
         if self.dx is not None:
-            torch.mm(g, self.weight, out=self.dx[at])
+            _product(g, self.weight, self.dx[at], add=False, single=self.single)
         if self.dweight is not None:
             if self.dweight.dtype is g.dtype:
-                self.dweight.addmm_(g.T, self.x[at])
+                _product(g.T, self.x[at], self.dweight, add=True, single=self.single)
             elif g.device.type == "cuda":
                 torch.addmm(self.dweight, g.T, self.x[at], out=self.dweight, out_dtype=torch.float32)
             else:
@@ -139,10 +151,10 @@ def _outputs(
 ) -> Args:  # fmt: skip
     wide = _check.wide_dtype(x)
     y = x.new_empty(target.shape if reduction == "none" else (), dtype=wide)
-    count = target.new_empty((), dtype=torch.int64) if reduction == "mean" else None
+    n_valid = target.new_empty((), dtype=torch.int64) if reduction == "mean" else None
     made = [None if t is None or not n or reduction == "none" else t for t, n in zip((x, weight, bias), needs, strict=True)]
     dx, dweight, dbias = (t if t is None else t.new_empty(t.shape, dtype=_storage(t) if i else t.dtype) for i, t in enumerate(made))
-    return y, x.new_empty(target.numel(), 2, dtype=wide), count, dx, dweight, dbias
+    return y, x.new_empty(target.numel(), 2, dtype=wide), n_valid, dx, dweight, dbias
 
 
 def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:
@@ -167,20 +179,20 @@ def _fwd(
         parts.rows(a, flat[at], ignore_index, stats=stats[at], loss=each[at], grad=a if now else None)
         if now:
             sums.add(at, a)
-    count = counted(flat, ignore_index, reduction)
+    n_valid = valid_rows(flat, ignore_index, reduction)
     dx = None if sums.dx is None else sums.dx.view(x.shape)
     dweight = None if sums.dweight is None else sums.dweight.to(_storage(weight))
     dbias = None if sums.dbias is None or bias is None else sums.dbias.to(_storage(bias))
     res = Residuals(
-        x if reduction == "none" else None, weight, bias, target, stats, count, dx, dweight, dbias, ignore_index, reduction, memory_budget
+        x if reduction == "none" else None, weight, bias, target, stats, n_valid, dx, dweight, dbias, ignore_index, reduction, memory_budget
     )  # fmt: skip
-    return reduced(each, count, reduction, target.shape), res
+    return reduced(each, n_valid, reduction, target.shape), res
 
 
 def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, parts: _Parts) -> tuple[Tensor | None, ...]:
     if res.reduction == "none":
         return _bwd_each(res, dy, needs, parts)
-    factor = dy if res.count is None or res.reduction == "sum" else dy / res.count.clamp(min=1)
+    factor = dy if res.n_valid is None or res.reduction == "sum" else dy / res.n_valid.clamp(min=1)
     grads = []
     for made, like, need in zip((res.dx, res.dweight, res.dbias), (res.dx, res.weight, res.bias), needs, strict=True):
         out = None
@@ -194,6 +206,7 @@ def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, parts: _Parts) 
 def _bwd_each(res: Residuals, dy: Tensor, needs: Needs, parts: _Parts) -> tuple[Tensor | None, ...]:
     """A cotangent for each token: make the logits again, and from them the gradients."""
     x, weight, bias, target, stats = res[:5]
+    assert x is not None  # kept for this
     rows, flat, scale = x.reshape(-1, x.shape[-1]), target.reshape(-1), dy.reshape(-1)
     chunks = _chunks(len(rows), weight, res.memory_budget)
     buffer = _buffer(chunks, weight)
@@ -263,7 +276,9 @@ def linear_cross_entropy(
     _check.optional(op, bias=bias)
     _check.rank(op, "x", x, 1)
     if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"{op}: weight must be [V, {x.shape[-1]}] (vocabulary, last axis of x) with V at least 1, got {list(weight.shape)}")
+        raise ValueError(
+            f"{op}: weight must be [V, {x.shape[-1]}] (vocabulary, last axis of x) with V at least 1, got {list(weight.shape)}"
+        )
     if bias is not None:
         _check.shape(op, "bias", bias, weight.shape[:1], "the first axis of weight")
     target = _check.classes(op, target, x.shape[:-1], "x without its last axis")
@@ -271,6 +286,6 @@ def linear_cross_entropy(
     _check.choice(op, "reduction", reduction, REDUCTIONS)
     if memory_budget < 1:
         raise ValueError(f"{op}: memory_budget is in bytes and must be at least 1, got {memory_budget}; the default is {MEMORY_BUDGET}")
-    x, weight, bias = _check.autocast(x, weight, bias)
+    x, weight, bias = _check.autocast(x), _check.autocast(weight), None if bias is None else _check.autocast(bias)
     _check.same_dtype(op, x, weight=weight, bias=bias)
     return x, weight, bias, target, int(ignore_index), reduction, int(memory_budget)

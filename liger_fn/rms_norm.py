@@ -21,6 +21,7 @@ from ._reduce import sum_rows
 from ._vjp import Args, Needs, custom_vjp
 
 WIDEST = 65536  # columns one program can hold
+PER_WARP = 1024  # elements a warp holds: 32 a thread (H100)
 Cast = Literal["llama", "gemma", "none"]
 
 
@@ -143,7 +144,7 @@ def _fwd(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str,
     launch(
         _fwd_kernel, (cdiv(len(rows), tile),), x.device,
         rows, weight, y, rstd, rows.stride(0), len(rows), h, eps, offset,
-        LLAMA=cast == "llama", ROWS=tile, BLOCK=block, num_warps=warps(tile * block),
+        LLAMA=cast == "llama", ROWS=tile, BLOCK=block, num_warps=warps(tile * block, PER_WARP),
     )  # fmt: skip
     return y, Residuals(x, weight, rstd, offset, cast)
 
@@ -159,9 +160,9 @@ def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor
     launch(
         _bwd_kernel, (programs,), x.device,
         dys, rows, weight, rstd, dx, parts, dys.stride(0), rows.stride(0), len(rows), h, offset,
-        ROWS=tile, BLOCK=block, num_warps=warps(tile * block),
+        ROWS=tile, BLOCK=block, num_warps=warps(tile * block, PER_WARP),
     )  # fmt: skip
-    if dw is not None:
+    if dw is not None and parts is not None:
         sum_rows(parts, dw)
     return dx, dw
 
@@ -206,7 +207,9 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offs
     _check.floating("rms_norm", x=x)
     _check.optional("rms_norm", weight=weight)
     if x.dim() == 0 or not 0 < x.shape[-1] <= WIDEST:
-        raise ValueError(f"rms_norm: the last axis of x must have 1 to {WIDEST} elements, got shape {list(x.shape)}; for more use rms_norm.reference")
+        raise ValueError(
+            f"rms_norm: the last axis of x must have 1 to {WIDEST} elements, got shape {list(x.shape)}; for more use rms_norm.reference"
+        )
     if weight is not None:
         _check.shape("rms_norm", "weight", weight, x.shape[-1:], "the last axis of x")
         _check.same_device("rms_norm", x, weight=weight)

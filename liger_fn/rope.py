@@ -58,7 +58,9 @@ def _plain_bwd(res: Residuals, dy: tuple[Tensor, Tensor], needs: Needs, donate: 
 
 
 @jit
-def _turn(x_ptr, y_ptr, xb, xh, xt, yb, yh, yt, b, t, heads, HALF, c1, c2, s1, s2, BACKWARD: tl.constexpr, H: tl.constexpr, D: tl.constexpr):
+def _turn(
+    x_ptr, y_ptr, xb, xh, xt, yb, yh, yt, b, t, heads, HALF, c1, c2, s1, s2, BACKWARD: tl.constexpr, H: tl.constexpr, D: tl.constexpr
+):
     """Turn all heads of one token."""
     head, d = tl.arange(0, H)[:, None], tl.arange(0, D)[None, :]
     keep = (head < heads) & (d < HALF)
@@ -97,7 +99,7 @@ def _rope_kernel(
 
 
 def _alike(x: Tensor) -> Tensor:
-    """An empty tensor in the memory layout of `x`, so that a transposed view costs no copy; its last axis is dense, as the kernel writes."""
+    """An empty tensor in the memory layout of `x`, so that a transposed view costs no copy; the last axis is dense, as kernels write."""
     out = torch.empty_like(x)
     return out if out.stride(-1) == 1 else x.new_empty(x.shape)
 
@@ -112,9 +114,10 @@ def _gradients(res: Residuals, dy: tuple[Tensor, Tensor], needs: Needs) -> tuple
 
 def _rotate(q: Tensor | None, k: Tensor | None, yq: Tensor | None, yk: Tensor | None, cos: Tensor, sin: Tensor, backward: bool) -> None:
     """Launch over every token; a tensor that is None is left out."""
-    q, k, cos, sin = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (q, k, cos, sin))
+    q, k = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (q, k))
+    cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (cos, sin))
     some = q if q is not None else k
-    if some is None or some.numel() == 0 and (k is None or k.numel() == 0):
+    if some is None:
         return
     batch, _, length, dim = some.shape
     strides = [s for t in (q, k, yq, yk) for s in ((0, 0, 0) if t is None else t.stride()[:3])]
@@ -186,7 +189,9 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Args:
         raise ValueError(f"rope: k must be [{batch}, k_heads, {length}, {dim}] (as q, but for the heads), got {list(k.shape)}")
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dim() != 3 or table.shape[0] not in (1, batch) or tuple(table.shape[1:]) != (length, dim):
-            raise ValueError(f"rope: {name} must be [{batch} or 1, {length}, {dim}] (batch, length and head dimension of q), got {list(table.shape)}")
+            raise ValueError(
+                f"rope: {name} must be [{batch} or 1, {length}, {dim}] (batch, length and head dimension of q), got {list(table.shape)}"
+            )
     _check.same_dtype("rope", q, k=k)
     _check.same_device("rope", q, k=k, cos=cos, sin=sin)
     _check.no_grad_for("rope", cos=cos, sin=sin)

@@ -7,6 +7,7 @@ where it turns into the logits when someone asks for them. A plain object and no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +26,14 @@ class Source:
         request: what the loss was asked to be.
     """
 
-    __slots__ = ("_logits", "head", "hidden_states", "request", "version", "vocab_size", "weight")
+    __slots__ = ("_logits", "autocast", "head", "hidden_states", "request", "version", "vocab_size", "weight")
 
     def __init__(self, head: Any, hidden_states: Tensor, weight: Tensor, request: Any) -> None:
         self.head, self.hidden_states, self.weight, self.request = head, hidden_states, weight, request
         self.vocab_size = weight.shape[0]
+        kind = hidden_states.device.type
+        on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        self.autocast = (kind, torch.get_autocast_dtype(kind)) if on else None
         # Compiled code has no version counters to read, and inference tensors have none.
         self.version = None if torch.compiler.is_compiling() or weight.is_inference() else weight._version
         self._logits: Tensor | None = None
@@ -41,7 +45,9 @@ class Source:
                     "outputs.logits: the output layer's weight has changed since the forward pass (an optimizer step?), so these "
                     "logits can no longer be computed. Read outputs.logits before the step, or patch with linear_cross_entropy=False"
                 )
-            self._logits = self.head.logits(self.hidden_states)
+            # Logits are what they would have been in the forward pass, under autocast too.
+            with torch.autocast(*self.autocast) if self.autocast else nullcontext():
+                self._logits = self.head.logits(self.hidden_states)
         return self._logits
 
 

@@ -107,7 +107,7 @@ RMS_NORM = Table(
     op="rms_norm",
     diff=("x", "weight"),
     rows=("x",),
-    typical=Case("typical", _rms_norm(2, 5, 63)),
+    typical=Case("typical", _rms_norm(2, 5, 63), {"offset": 0.5}),
     sized=lambda n: Case(f"{n}-rows", _rms_norm(n, 3, 40)),
     cases=(
         Case("1x1", _rms_norm(1, 1), {"eps": 0.1}, draws=32),  # with a small eps nothing but cancellation is left of dx
@@ -162,7 +162,10 @@ def _swiglu_of(value: float, *shape: int) -> Callable[[Maker], Inputs]:
 SWIGLU = Table(
     op="swiglu",
     diff=("gate", "up"),
-    rows=("gate", "up",),
+    rows=(
+        "gate",
+        "up",
+    ),
     typical=Case("typical", _swiglu(2, 5, 63)),
     sized=lambda n: Case(f"{n}-rows", _swiglu(n, 3, 40)),
     cases=(
@@ -216,7 +219,10 @@ def _rope_any_tables(m: Maker) -> Inputs:
 ROPE = Table(
     op="rope",
     diff=("q", "k"),
-    rows=("q", "k",),
+    rows=(
+        "q",
+        "k",
+    ),
     linear=True,
     typical=Case("typical", _rope(2, 3, 1, 5, 10, shared=False)),
     sized=lambda n: Case(f"{n}-tokens", _rope(2, 4, 2, n, 8)),
@@ -277,7 +283,10 @@ REDUCTIONS = ("mean", "sum", "none")
 CROSS_ENTROPY = Table(
     op="cross_entropy",
     diff=("logits",),
-    rows=("logits", "target",),
+    rows=(
+        "logits",
+        "target",
+    ),
     typical=Case("typical", _cross_entropy(2, 5, 63)),
     sized=lambda n: Case(f"{n}-rows", _cross_entropy(n, 40)),
     cases=(
@@ -339,7 +348,10 @@ LINEAR_CROSS_ENTROPY = Table(
     op="linear_cross_entropy",
     diff=("x", "weight", "bias"),
     autocast=True,
-    rows=("x", "target",),
+    rows=(
+        "x",
+        "target",
+    ),
     typical=Case("typical", _linear_cross_entropy(2, 5, 24, v=63, bias=True), {"reduction": "none", "memory_budget": SMALL_BUDGET}),
     sized=lambda n: Case(f"{n}-rows", _linear_cross_entropy(n, 24, v=40)),
     cases=(
@@ -371,7 +383,11 @@ LINEAR_CROSS_ENTROPY = Table(
     on_gpu=(
         *(Case(f"1000x2048x32000-{r}", _linear_cross_entropy(1000, 2048, v=32000), {"reduction": r}, draws=4) for r in REDUCTIONS),
         *(
-            Case(f"chunks-4096x1024x50257-{r}", _linear_cross_entropy(4096, 1024, v=50257, bias=True), {"reduction": r, "memory_budget": 2**25})
+            Case(
+                f"chunks-4096x1024x50257-{r}",
+                _linear_cross_entropy(4096, 1024, v=50257, bias=True),
+                {"reduction": r, "memory_budget": 2**25},
+            )
             for r in REDUCTIONS
         ),
     ),

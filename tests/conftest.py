@@ -12,6 +12,10 @@ from collections.abc import Iterator
 
 # cuBLAS is deterministic only with a fixed workspace, and reads this when it starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# What an earlier version of an op compiled to must not be found again: to the compiler, an opaque operator has not changed.
+os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
+os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default, said aloud, so that Triton 3.9 does not warn about it
 
 import pytest
 import torch
@@ -27,7 +31,7 @@ from .interpreter import round_bf16  # noqa: E402
 pytest.register_assert_rewrite("tests.contract", "tests.compose", "tests.numerics")
 
 if GPU:
-    BACKENDS = ("triton", "reference")
+    BACKENDS: tuple[str, ...] = ("triton", "reference")
 else:
     BACKENDS = ("interpreter", "reference") if liger_fn.backend(torch.empty(0)) == "interpreter" else ("reference",)
 
@@ -86,7 +90,7 @@ def uninitialised_memory_is_nan() -> Iterator[None]:
     This is torch's deterministic mode, which also refuses every operation of torch whose result changes from run to run.
     """
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     yield
     torch.use_deterministic_algorithms(False)
 

@@ -66,11 +66,15 @@ def assert_near(ours: Tensor, naive: Tensor, truth: Tensor, what: str) -> None:
         ("-inf", ours == -math.inf, rounded == -math.inf),
     ):
         wrong = int((found != wanted).sum())
-        assert not wrong, f"{what}: {special} in {int(found.sum())} elements, in fp64 in {int(wanted.sum())}; {wrong} of {ours.numel()} differ"
+        assert not wrong, (
+            f"{what}: {special} in {int(found.sum())} elements, in fp64 in {int(wanted.sum())}; {wrong} of {ours.numel()} differ"
+        )
 
     finite = rounded.isfinite() & naive.isfinite()
     o, n, t = (x[finite].double() for x in (ours, naive, truth))
     one_rounding = kind.eps / 2 * t.norm() + kind.tiny * kind.eps / 2 * math.sqrt(t.numel())  # the second part: of subnormal numbers
     naive_err = float((n - t).norm())
     err, allowed = float((o - t).norm()), naive_err + float(one_rounding)
-    assert err <= allowed, f"{what}: error {err:.4g} over {allowed:.4g} (plain PyTorch's {naive_err:.4g} + one rounding), ‖truth‖ = {float(t.norm()):.4g}"
+    assert err <= allowed, (
+        f"{what}: error {err:.4g} over {allowed:.4g} (plain PyTorch's {naive_err:.4g} + one rounding), ‖truth‖ = {float(t.norm()):.4g}"
+    )

@@ -90,23 +90,29 @@ def _kind(value: Any) -> str:
     return "fp32" if isinstance(value, float) else "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def jobs() -> dict[str, Job]:
-    """Every different kernel, by a name that says where it first came from: op, kernel, case, dtype, and a number where need be."""
-    named: dict[str, Job] = {}
-    seen: set[Job] = set()
+def jobs() -> dict[str, dict[str, Job]]:
+    """Every different kernel, for each target, by a name that says where it first came from: op, kernel, case, dtype, a number."""
+    named: dict[str, dict[str, Job]] = {}
     for table in TABLES.values():
         for case in table.launches:
             for dtype in (BF16, FP32):
-                for launch in launches(table, case, dtype):
-                    one = job(launch)
-                    if one not in seen:
-                        seen.add(one)
-                        base = f"{table.op}{one.kernel.removesuffix('_kernel')}-{case.name}-{str(dtype)[6:]}"
-                        name, n = base, 2
+                for launch, amd in zip(launches(table, case, dtype), as_on_amd(table, case, dtype), strict=True):
+                    one = {target: job(amd if kind[0] == "hip" else launch) for target, kind in TARGETS.items()}
+                    if one not in named.values():
+                        base = name = f"{table.op}{one['sm_80'].kernel.removesuffix('_kernel')}-{case.name}-{str(dtype)[6:]}"
                         while name in named:
-                            name, n = f"{base}-{n}", n + 1
+                            name = f"{base}-{int(name.removeprefix(base).lstrip('-') or 1) + 1}"
                         named[name] = one
     return named
+
+
+def as_on_amd(table: Table, case: Case, dtype: torch.dtype) -> list[_launch.Launch]:
+    """The same launches on a GPU whose warps are 64 wide, of which a block has at most 16."""
+    here, _launch.MAX_WARPS = _launch.MAX_WARPS, 16
+    try:
+        return launches(table, case, dtype)
+    finally:
+        _launch.MAX_WARPS = here
 
 
 def compile_for(one: Job, target: str) -> Usage:
@@ -139,7 +145,9 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     found = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     return found["REG"], found["STACK"] + found["LOCAL"]
 
@@ -159,7 +167,7 @@ def _attempt(name: str, one: Job, target: str) -> tuple[str, str, Usage | str]:
 def measure() -> dict[str, dict[str, Usage | str]]:
     """{kernel: {target: usage, or what the compiler said}}."""
     found: dict[str, dict[str, Usage | str]] = {}
-    work = [(name, one, target) for name, one in jobs().items() for target in TARGETS]
+    work = [(name, one, target) for name, targets in jobs().items() for target, one in targets.items()]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
         for name, target, usage in pool.map(_attempt, *zip(*work, strict=True), chunksize=4):
             found.setdefault(name, {})[target] = usage

@@ -50,12 +50,15 @@ class Sample:
     def loss(self, fn: Callable[..., Any] | None = None) -> Callable[..., Tensor]:
         """A scalar of the differentiated tensors whose gradient is exactly the op's for the sample's cotangents."""
         f = self.f(fn)
-        return lambda *tensors: sum(((y * c).sum() for y, c in zip(f(*tensors), self.cots, strict=True)), torch.zeros((), device=tensors[0].device))
+        return lambda *tensors: sum(
+            ((y * c).sum() for y, c in zip(f(*tensors), self.cots, strict=True)), torch.zeros((), device=tensors[0].device)
+        )
 
     def truth(self) -> tuple[Tensors, Tensors]:
         """Values and gradients of the reference in fp64, on the same numbers."""
         wide = {k: t.double() if t is not None and t.is_floating_point() else t for k, t in self.inputs.items()}
-        f = self.f(self.op.reference, **{k: t for k, t in wide.items() if k not in self.wrt})
+        fixed: dict[str, Any] = {k: t for k, t in wide.items() if k not in self.wrt}
+        f = self.f(self.op.reference, **fixed)
         return gradients(f, [wide[k] for k in self.wrt], [c.double() for c in self.cots])  # type: ignore[misc]
 
     def naive(self) -> tuple[Tensors, Tensors]:

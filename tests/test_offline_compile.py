@@ -36,7 +36,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
         if not made.exists():
             environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
             environment |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_DEFAULT_FP_FUSION": "1"}
-            run = subprocess.run([sys.executable, "-m", "tests.offline_compile"], capture_output=True, text=True, env=environment, check=False)
+            run = subprocess.run(
+                [sys.executable, "-m", "tests.offline_compile"], capture_output=True, text=True, env=environment, check=False
+            )
             assert run.returncode == 0, run.stderr
             made.write_text(run.stdout)
     return json.loads(made.read_text())["kernels"]
@@ -53,7 +55,9 @@ def test_compiles_within_budget(compiled: dict[str, dict[str, Any]], kernel: str
         pytest.fail(f"{kernel} is recorded, and no op launches it any more; {REMEDY}")
     usage: Usage | str = compiled[kernel][target]
     assert isinstance(usage, dict), f"{kernel} does not compile for {target}: {usage}"
-    assert usage["shared"] <= SHARED_LIMIT[target], f"{kernel} takes {usage['shared']} bytes of shared memory; {target} has {SHARED_LIMIT[target]}"
+    assert usage["shared"] <= SHARED_LIMIT[target], (
+        f"{kernel} takes {usage['shared']} bytes of shared memory; {target} has {SHARED_LIMIT[target]}"
+    )
     assert usage["threads"] <= 1024, f"{kernel} has {usage['threads']} threads a block; {target} takes 1024"
     if triton.__version__ == RECORDED["triton"]:
         over = {k: (v, budget) for k, v in usage.items() if v > (budget := RECORDED["kernels"][kernel][target][k])}

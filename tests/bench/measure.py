@@ -28,23 +28,23 @@ def forward_backward(fn: Fn, args: tuple[Any, ...], diff: int) -> Callable[[], A
     return run
 
 
-def device_us(run: Callable[[], Any], replays: int = 20) -> float:
-    """Microseconds of device time of one call: the median over replays of a CUDA graph of it, or between events where it cannot be captured."""
+def device_us(run: Callable[[], Any], *, graph: bool = True, replays: int = 20) -> float:
+    """Microseconds of device time of one call: the median over replays of a CUDA graph of it, which leaves out the host.
+
+    `graph=False` measures plain calls between events, for calls of many milliseconds that make the host wait and so cannot be captured.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             run()
     torch.cuda.current_stream().wait_stream(side)
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+    again, held = run, None
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
             held = run()
-        again = graph.replay
-    except RuntimeError:
-        torch.cuda.synchronize()
-        held, again = None, run
-    for _ in range(3):
+        again = captured.replay
         again()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)]
     for start, end in events:

@@ -52,7 +52,7 @@ def _liger_kernel(name: str) -> Callable[..., Any] | None:
         "swiglu": ops.LigerSiLUMulFunction.apply,
         # its kernel turns q and k where they are: the copies keep the inputs of the next call as they were
         "rope": lambda q, k, cos, sin: ops.LigerRopeFunction.apply(q.clone(), k.clone(), cos, sin),
-        "cross_entropy": lambda logits, target: LigerCrossEntropyFunction.apply(logits.clone(), target)[0],
+        "cross_entropy": lambda logits, target: LigerCrossEntropyFunction.apply(logits.clone(), target, None)[0],
         "linear_cross_entropy": lambda x, w, target: LigerFusedLinearCrossEntropyFunction.apply(x, w, target)[0],
     }[name]
 

@@ -45,7 +45,9 @@ def grad_and_loss(logits: torch.Tensor, target: torch.Tensor, **options: Any) ->
 def test_is_torchs_cross_entropy(backend: str, reduction: str, device: torch.device) -> None:
     logits, target = inputs(device)
     target[::3] = -100
-    torch.testing.assert_close(liger_fn.cross_entropy(logits, target, reduction=reduction), F.cross_entropy(logits, target, reduction=reduction))
+    torch.testing.assert_close(
+        liger_fn.cross_entropy(logits, target, reduction=reduction), F.cross_entropy(logits, target, reduction=reduction)
+    )
 
 
 @pytest.mark.parametrize("dtype", cases.HALVES)

@@ -55,7 +55,8 @@ def test_compose_your_own_model(device: torch.device) -> None:
     loss.backward()
     theirs = torch.nn.functional.cross_entropy(x @ model.weight.T, target)
     torch.testing.assert_close(loss, theirs)
-    assert model.weight.grad is not None and x.grad is not None
+    assert model.weight.grad is not None
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 import liger_patch
 from liger_patch import PatchError
 
-from .models import dicts, labels_of, llama, same_gradients, tokens
+from .models import dicts, labels_of, llama, tokens
 
 
 def patched_llama():
@@ -138,7 +138,5 @@ def test_state_dict_and_saving_are_the_stock_models(tmp_path):
     model.save_pretrained(tmp_path)
     again = LlamaForCausalLM.from_pretrained(tmp_path).train()
     assert {row.status for row in liger_patch.plan(again)} == {"planned"}
+    assert again.config.to_dict().keys() - {"dtype"} == llama().config.to_dict().keys() - {"dtype"}
     torch.testing.assert_close(again(ids, labels=ids).loss, model(ids, labels=ids).loss, rtol=1e-6, atol=0)
-    assert again.config.to_dict().keys() == LlamaForCausalLM(llama().config).config.to_dict().keys() | {"dtype"}
-    again.load_state_dict(model.state_dict())
-    same_gradients(again, again)

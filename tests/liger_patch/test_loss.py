@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils import _pytree
 
 import liger_patch
 
@@ -157,6 +159,18 @@ def test_logits_in_training_materialise_on_demand(pair):
     close(torch.from_numpy(got.detach().numpy()), expected.detach())
     with pytest.raises(AttributeError):
         _ = got.no_such_method
+
+
+def test_whoever_walks_an_output_finds_the_loss_in_the_carrier(pair):
+    """Sharding libraries hook the gathering of a layer's weight in backward to the tensors in what the layer returned."""
+    ids = tokens()
+    output = pair[1](ids, labels=ids)
+    leaves, structure = _pytree.tree_flatten(output.logits)
+    assert leaves == [output.loss]
+    again = _pytree.tree_unflatten([output.loss * 2], structure)
+    assert again.loss == 2 * output.loss
+    assert again.source is output.logits.source
+    assert dataclasses.replace(output.logits, loss=output.loss * 3).loss == 3 * output.loss
 
 
 def test_materialised_logits_carry_gradients(pair):

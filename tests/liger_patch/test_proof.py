@@ -62,10 +62,7 @@ def test_a_norm_of_another_release(changes, dtype):
     refused(with_norm(norm(**changes), dtype), "rms_norm", "LlamaRMSNorm at .*the output is off")
 
 
-def test_a_norm_that_rounds_elsewhere_is_no_worse_than_the_original():
-    """Rounding once where the original rounds twice is within the rule; the other way round is not."""
-    model = with_norm(norm(cast_last=True), torch.bfloat16)
-    refused(model, "rms_norm", "is off")
+def test_a_norm_of_another_cast():
     entry = Arch("llama-like", norm=Norm("LlamaRMSNorm", cast="gemma"))
     liger_patch.register(entry, replace=True)
     again = with_norm(norm(cast_last=True), torch.bfloat16)
@@ -135,8 +132,8 @@ def test_post_processing_that_the_entry_does_not_know():
     torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected, rtol=1e-6, atol=0)
 
 
-def test_a_loss_that_is_not_the_declared_one(monkeypatch):
-    """A causal LM that weighs its loss before it returns it is caught where the weight depends on the logits' own values."""
+def test_a_loss_that_is_not_the_declared_one():
+    """A causal LM that does to its loss what the replaced parts cannot know of."""
 
     class LlamaForCausalLM(modeling_llama.LlamaForCausalLM):
         def forward(self, input_ids=None, labels=None, **kwargs):
