@@ -37,6 +37,7 @@ Needs = tuple[bool, ...]
 Args = tuple[Any, ...]
 
 _PLAIN = (Tensor, nn.Parameter)
+_BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
 class Pair(NamedTuple):
@@ -73,14 +74,14 @@ class Op(Generic[P, R]):
         self.tensors = sum(map(is_tensor, self.hints.values()))
         self.saved = sum(map(is_tensor, self.fields.values()))
         self._lean = _lean(self)
-        self._composable = Composable(self)
+        self.composable = Composable(self)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         flat = self._arguments(*args, **kwargs)
         backend = choose(flat[0], self.name)
         graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat[: self.diff])
-        if self._composes(flat[: self.tensors]):
-            return cast(R, self._composable.call(backend, graded, *flat))
+        if self.composes(flat[: self.tensors]):
+            return cast(R, self.composable.call(backend, graded, *flat))
         if graded:
             return cast(R, self._lean.apply(backend, *flat))
         return cast(R, self.run_fwd(backend, flat, (False,) * self.diff)[0])
@@ -90,7 +91,7 @@ class Op(Generic[P, R]):
         with torch.no_grad():
             flat = self._arguments(*args, **kwargs)
             needs = tuple(t is not None for t in flat[: self.diff])
-            run = self._composable.fwd if self._composes(flat[: self.tensors]) else self.run_fwd
+            run = self.composable.fwd if self.composes(flat[: self.tensors]) else self.run_fwd
             return cast(tuple[R, Any], run(choose(flat[0], self.name), flat, needs))
 
     def bwd(self, residuals: Any, dy: Any, *, needs: Needs | None = None, donate: bool = False) -> tuple[Tensor | None, ...]:
@@ -111,7 +112,7 @@ class Op(Generic[P, R]):
             raise ValueError(f"{self.name}.bwd: needs must have {self.diff} flags, one for each gradient, got {len(needs)}")
         tensors = [t for t in residuals if isinstance(t, Tensor)]
         with torch.no_grad():
-            run = self._composable.bwd if self._composes(tensors) else self.run_bwd
+            run = self.composable.bwd if self.composes(tensors) else self.run_bwd
             return run(choose(tensors[0], self.name), residuals, dy, (True,) * self.diff if needs is None else needs, donate)
 
     def reference(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -135,7 +136,7 @@ class Op(Generic[P, R]):
         return self._pairs[backend].bwd(residuals, dy, needs=needs, donate=donate)
 
     @staticmethod
-    def _composes(tensors: Any) -> bool:
+    def composes(tensors: Any) -> bool:
         """Must this call be made of operators that others can see: compilers, transforms, dispatch modes, tensor subclasses?"""
         return (
             torch.compiler.is_compiling()
@@ -193,13 +194,20 @@ def _lean(op: Op[..., Any]) -> type[Function]:
     def backward(ctx: Any, *dy: Tensor) -> Args:
         backend, options, no_more = ctx.rest
         res = residuals(*ctx.saved_tensors, *options)
+        needs = ctx.needs_input_grad[1 : 1 + diff]
+        run = op.composable.bwd if op.composes(dy) or _batched(dy) else op.run_bwd
         with torch.no_grad():  # what fwd computed is freed once this returns, unless the graph is kept for another backward
-            grads = op.run_bwd(backend, res, dy[0] if op.n_out == 1 else dy, ctx.needs_input_grad[1 : 1 + diff], not keep_graph())
+            grads = run(backend, res, dy[0] if op.n_out == 1 else dy, needs, not keep_graph())
         if torch.is_grad_enabled():
             grads = refuse.apply(diff, *grads, *dy, *ctx.saved_tensors)
         return (None, *grads, *no_more)
 
     return type(op.name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+
+
+def _batched(dy: Args) -> bool:
+    """Is an eager graph walked with several cotangents at once (`is_grads_batched`, vectorized jacobians)?"""
+    return any(torch._C._dispatch_keys(d).has(_BATCHED) for d in dy)
 
 
 def _refuse(name: str) -> type[Function]:

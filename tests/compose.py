@@ -64,6 +64,16 @@ class Composes:
         assert_same_bits(vmap(grad(s.loss(), argnums=every))(*stacked), want, "vmap of grad")
         assert_same_bits(grad(lambda *ts: vmap(s.loss())(*ts).sum(), argnums=every)(*stacked), want, "grad of vmap")
 
+    def test_batched_cotangents(self, backend: str, device: torch.device) -> None:
+        """What a vectorized jacobian sends through an eager graph: the backward under vmap, several cotangents at once."""
+        s = self.sample(device)
+        leaves = [t.detach().requires_grad_() for t in s.tensors]
+        many = [tuple((i + 1) * c for c in s.cots) for i in range(3)]
+        ys = s.f()(*leaves)
+        got = torch.autograd.grad(ys, leaves, stack(many), is_grads_batched=True, retain_graph=True)
+        assert_same_bits(got, stack([torch.autograd.grad(ys, leaves, c, retain_graph=True) for c in many]), "gradients, batched")
+        assert_same_bits(torch.autograd.grad(ys, leaves, stack(many), is_grads_batched=True), got, "gradients, batched, the graph freed")
+
     # --- compilers --------------------------------------------------------------------------------------------------------------------
 
     def compiled_equals_eager(self, s: Sample, compiler: str) -> None:
@@ -74,6 +84,21 @@ class Composes:
         assert_same_bits(got_grads, grads, f"gradient compiled by {compiler}")
         with torch.no_grad():
             assert_same_bits(compiled(*s.tensors), values, f"value compiled by {compiler} under no_grad")
+
+    @pytest.mark.usefixtures("fresh_compiler")
+    def test_compile_the_explicit_pair(self, backend: str, device: torch.device) -> None:
+        """`op.fwd` and `op.bwd` in compiled code: a training step written without autograd."""
+        s = self.sample(device)
+
+        def pair(*tensors: Tensor) -> tuple[Any, Any]:
+            inputs = s.inputs | dict(zip(s.wrt, tensors, strict=True))
+            y, residuals = s.op.fwd(**inputs, **s.options)
+            return y, s.op.bwd(residuals, s.cots if len(s.cots) > 1 else s.cots[0])
+
+        values, grads = s.ours()
+        y, got = torch.compile(pair, fullgraph=True, backend="aot_eager", dynamic=False)(*s.tensors)
+        assert_same_bits(y if isinstance(y, tuple) else (y,), values, "value of the compiled pair")
+        assert_same_bits([g for g in got if g is not None], grads, "gradients of the compiled pair")
 
     @pytest.mark.usefixtures("fresh_compiler")
     def test_compile(self, backend: str, device: torch.device) -> None:

@@ -35,6 +35,12 @@ def record() -> Callable[..., None]:
     return add
 
 
+@pytest.fixture
+def recorded() -> list[dict[str, Any]]:
+    """The rows so far."""
+    return _rows
+
+
 def _machine() -> dict[str, str]:
     names = ("torch", "triton", "liger-kernel")
     versions = {n: importlib.metadata.version(n) for n in names if importlib.util.find_spec(n.replace("-", "_"))}

@@ -1,10 +1,9 @@
-"""How the benchmarks measure: device time by replaying a CUDA graph, host time by the clock, memory by the allocator's peak."""
+"""How the benchmarks measure: device time by replaying a CUDA graph, memory by the allocator's peak."""
 
 from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -54,21 +53,6 @@ def device_us(run: Callable[[], Any], *, graph: bool = True, replays: int = 20) 
     torch.cuda.synchronize()
     del held
     return statistics.median(start.elapsed_time(end) for start, end in events) * 1e3
-
-
-def host_us(run: Callable[[], Any], n: int = 200, rounds: int = 7) -> float:
-    """Microseconds of host time of one call on inputs so small that the device never falls behind: the best of some rounds."""
-    for _ in range(30):
-        run()
-    torch.cuda.synchronize()
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(n):
-            run()
-        torch.cuda.synchronize()
-        best = min(best, (time.perf_counter() - start) / n * 1e6)
-    return best
 
 
 def peak_mib(run: Callable[[], Any]) -> float:

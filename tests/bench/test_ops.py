@@ -82,17 +82,20 @@ def test_op(
             torch.cuda.empty_cache()
 
 
-def test_host_cost_of_rms_norm(record: Callable[..., None]) -> None:
-    """A tiny norm, forward and backward: what a call costs the host. At most 0.65 of liger-kernel's."""
+EAGER = ("liger_fn", "eager", "native", "liger-kernel")
+
+
+@pytest.mark.parametrize("provider", EAGER)
+def test_host_cost_of_rms_norm(benchmark: Any, record: Callable[..., None], provider: str) -> None:
+    """A tiny norm, forward and backward, on which the device never falls behind: what a call costs the host."""
+    fn = peers.providers("rms_norm").get(provider) or pytest.skip(f"{provider} is not installed")
     x, w, dy = _randn(8, 256), _randn(256), _randn(8, 256, grad=False)
-    cost = {}
-    for provider, fn in peers.providers("rms_norm").items():
-        if provider != "compile":
+    benchmark.pedantic(lambda: fn(x, w).backward(dy), rounds=10, iterations=200, warmup_rounds=1)
+    record(op="rms_norm host", shape="8x256", provider=provider, us=benchmark.stats.stats.min * 1e6, floor_us=None, mib=None)
 
-            def run(fn: Callable[..., Any] = fn) -> None:
-                fn(x, w).backward(dy)
 
-            cost[provider] = measure.host_us(run)
-            record(op="rms_norm host", shape="8x256", provider=provider, us=cost[provider], floor_us=None, mib=None)
-    if "liger-kernel" in cost:
-        assert cost["liger_fn"] <= 0.65 * cost["liger-kernel"], cost
+def test_host_cost_is_a_fraction_of_liger_kernels(recorded: list[dict[str, Any]]) -> None:
+    cost = {r["provider"]: r["us"] for r in recorded if r["op"] == "rms_norm host"}
+    if not {"liger_fn", "liger-kernel"} <= cost.keys():
+        pytest.skip("needs both measured in this run")
+    assert cost["liger_fn"] <= 0.65 * cost["liger-kernel"], cost
