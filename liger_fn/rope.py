@@ -174,10 +174,9 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Args:
         ValueError: a shape does not fit, D is odd, devices differ, or cos or sin asks for a gradient.
 
     Example:
-        >>> q = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
-        >>> quarter = torch.tensor([[[torch.pi / 2] * 2]])
-        >>> liger_fn.rope(q, q, quarter.cos(), quarter.sin())[0].flatten().abs()
-        tensor([0., 1.])
+        >>> q = torch.tensor([3.0, 4.0]).view(1, 1, 1, 2)  # one pair of channels
+        >>> liger_fn.rope(q, q, torch.zeros(1, 1, 2), torch.ones(1, 1, 2))[0].flatten()  # a quarter turn
+        tensor([-4.,  3.])
 
     Source: Su et al. 2021, arXiv:2104.09864.
     """
