@@ -86,16 +86,23 @@ def at_least_one(op: str, what: str, size: int) -> None:
 
 
 def classes(op: str, target: Tensor, want: tuple[int, ...], why: str) -> Tensor:
-    """`target` holds class indices, of the shape `want`."""
+    """`target`, which holds class indices and has the shape `want`, as int64: in a narrow dtype -100 and the vocabulary would wrap."""
     if not isinstance(target, Tensor):
         raise TypeError(f"{op}: target must be a torch.Tensor, got {type(target).__name__}")
     if target.is_floating_point() or target.is_complex() or target.dtype is torch.bool:
         raise TypeError(f"{op}: target must hold class indices of an integer dtype, got {target.dtype}; convert it with .long()")
     shape(op, "target", target, want, why)
-    return target
+    return target.long()
 
 
 def autocast(t: Tensor) -> Tensor:
     """`t` in the dtype that a matrix product takes under an active autocast; as it is otherwise."""
     device = t.device.type
     return t.to(torch.get_autocast_dtype(device)) if autocasts(device) and t.dtype is not torch.float64 else t
+
+
+def integer(op: str, name: str, value: Any, least: int | None = None) -> Any:
+    """`value`, a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or (least is not None and value < least):
+        raise ValueError(f"{op}: {name} must be an integer{'' if least is None else f' of at least {least}'}, got {value!r}")
+    return value

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.autograd import Function
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ class Composable:
 
     def bwd(self, backend: str, res: Any, dy: Any, needs: Args, donate: bool) -> Args:
         """`op.bwd` through the operator, which never donates."""
-        promised = self.op.gradients(res, dy, tuple(needs))
+        shadows = [_shadow(d) for d in ((dy,) if self.op.n_out == 1 else dy)]
+        promised = self.op.gradients(self.op.residuals(*map(_shadow, res)), shadows[0] if self.op.n_out == 1 else shadows, tuple(needs))
         grads = self.bwd_op(*((dy,) if self.op.n_out == 1 else dy), *res, list(needs), backend)
         return tuple(None if p is None else g for g, p in zip(grads, promised, strict=True))
 
@@ -72,7 +74,7 @@ class Composable:
             *flat, needs, backend = args
             y, res = op.run_fwd(backend, tuple(flat), tuple(needs))
             made = (*((y,) if op.n_out == 1 else y), *(getattr(res, k) for k in self.computed))
-            return _as_promised(made, op.outputs(*flat, needs=tuple(needs)), flat[0])
+            return _as_promised(made, op.outputs(*map(_shadow, flat), needs=tuple(needs)), flat[0])
 
         def fake(*args: Any) -> Args:
             *flat, needs, _ = args
@@ -90,7 +92,8 @@ class Composable:
 
         def impl(*args: Any) -> Args:
             res, dy, needs, backend = parts(args)
-            return _as_promised(op.run_bwd(backend, res, dy, needs, False), op.gradients(res, dy, needs), args[0])
+            promised = op.gradients(op.residuals(*map(_shadow, res)), _shadow(dy) if op.n_out == 1 else tuple(map(_shadow, dy)), needs)
+            return _as_promised(op.run_bwd(backend, res, dy, needs, False), promised, args[0])
 
         def fake(*args: Any) -> Args:
             res, dy, needs, _ = parts(args)
@@ -112,6 +115,9 @@ class Composable:
 
         def backward(ctx: Any, *d: Any) -> Args:
             options, backend = ctx.rest
+            if any(ctx.needs_input_grad[diff : op.tensors]):  # a transform hid this from the check of the arguments
+                names = ", ".join(list(op.hints)[diff : op.tensors])
+                raise ValueError(f"{op.name}: no gradient is computed for {names}; liger_fn.{op.name}.reference has one")
             needs = list(ctx.needs_input_grad[:diff])
             grads = inner.apply(*d[:n_out], *ctx.saved_tensors, *options, needs, backend)
             return (*(g if n else None for g, n in zip(grads, needs, strict=True)), *no_more)
@@ -121,12 +127,23 @@ class Composable:
 
         @torch.compiler.allow_in_graph
         def call(backend: str, graded: bool, *flat: Any) -> Any:
-            transformed = torch._C._are_functorch_transforms_active()  # they hide which inputs are differentiated: allow for all
-            needs = [t is not None and (transformed or (graded and t.requires_grad)) for t in flat[:diff]]
+            needs = [t is not None and (_tracked(t) if transforms_active() else graded and t.requires_grad) for t in flat[:diff]]
             out = outer.apply(*flat, needs, backend)
             return out[0] if n_out == 1 else out[:n_out]
 
         return call
+
+
+transforms_active = torch._C._are_functorch_transforms_active
+
+
+def _tracked(t: Tensor) -> bool:
+    """Does some level of the active transforms differentiate `t`?"""
+    while not t.requires_grad:
+        if not functorch.is_functorch_wrapped_tensor(t):
+            return False
+        t = functorch.get_unwrapped(t)
+    return True
 
 
 def _autograd(name: str, forward: Any, setup: Any, backward: Any) -> type[Function]:
@@ -167,7 +184,17 @@ def _promise(outputs: Args, like: Tensor) -> Args:
     return tuple(like.new_empty(0) if t is None else t for t in outputs)
 
 
+def _shadow(t: Any) -> Any:
+    """A tensor's shape, strides and dtype without its memory."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") if isinstance(t, Tensor) else t
+
+
 def _as_promised(made: Args, promised: Args, like: Tensor) -> Args:
     """The tensors an operator made, in the layout that its fake announced to the compiler."""
-    pairs = zip(_promise(made, like), _promise(promised, like), strict=True)
-    return tuple(m if m.stride() == p.stride() else p.copy_(m) for m, p in pairs)
+
+    def laid_out(m: Tensor | None, p: Tensor | None) -> Tensor:
+        if m is None or p is None:
+            return like.new_empty(0)
+        return m if m.stride() == p.stride() else torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=m.device).copy_(m)
+
+    return tuple(laid_out(m, p) for m, p in zip(made, promised, strict=True))

@@ -26,7 +26,7 @@ from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, cast, get_type_
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from ._backend import Backend, autocasts, choose, without_autocast
 from ._composable import Composable, is_tensor, refusal
@@ -58,6 +58,7 @@ class Op(Generic[P, R]):
         reference: Callable[..., Any],
         outputs: Callable[..., Args],
         gradients: Callable[..., Args],
+        cotangents: Callable[[Any], tuple[Any, ...]],
         diff: int,
         n_out: int,
     ) -> None:
@@ -66,6 +67,7 @@ class Op(Generic[P, R]):
         self.__signature__ = inspect.signature(arguments).replace(return_annotation=returns)
         self.name = arguments.__name__
         self.residuals, self.outputs, self.gradients = residuals, outputs, gradients
+        self.cotangents = cotangents
         self.diff, self.n_out = diff, n_out
         self._arguments, self._reference, self._pairs = arguments, reference, pairs
 
@@ -79,6 +81,10 @@ class Op(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         flat = self._arguments(*args, **kwargs)
         backend = choose(flat[0], self.name)
+        if forward_ad._current_level >= 0 and any(_tangent(t) for t in flat[: self.tensors]):
+            raise NotImplementedError(
+                f"{self.name}: has no forward-mode derivative; call liger_fn.{self.name}.reference, which is plain PyTorch"
+            )
         graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat[: self.diff])
         if self.composes(flat[: self.tensors]):
             return cast(R, self.composable.call(backend, graded, *flat))
@@ -110,10 +116,22 @@ class Op(Generic[P, R]):
             raise TypeError(f"{self.name}.bwd: residuals must be what {self.name}.fwd returned second, got {type(residuals).__name__}")
         if needs is not None and len(needs) != self.diff:
             raise ValueError(f"{self.name}.bwd: needs must have {self.diff} flags, one for each gradient, got {len(needs)}")
+        self._check_cotangent(residuals, dy)
         tensors = [t for t in residuals if isinstance(t, Tensor)]
         with torch.no_grad():
             run = self.composable.bwd if self.composes(tensors) else self.run_bwd
             return run(choose(tensors[0], self.name), residuals, dy, (True,) * self.diff if needs is None else needs, donate)
+
+    def _check_cotangent(self, residuals: Any, dy: Any) -> None:
+        """Kernels trust the shape of `dy`, which autograd vouches for and a caller of `bwd` does not."""
+        each, want = dy if self.n_out > 1 else (dy,), self.cotangents(residuals)
+        if not isinstance(each, tuple | list) or len(each) != self.n_out or not all(isinstance(d, Tensor) for d in each):
+            raise TypeError(f"{self.name}.bwd: dy must be {self.n_out} tensor(s), shaped as what {self.name}.fwd returned first")
+        for d, shape in zip(each, want, strict=True):
+            if len(d.shape) != len(shape) or any(w is not None and n != w for n, w in zip(d.shape, shape, strict=True)):
+                raise ValueError(
+                    f"{self.name}.bwd: dy must have the shape of what {self.name}.fwd returned first, {list(shape)}, got {list(d.shape)}"
+                )
 
     def reference(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The definition, in plain PyTorch: any device, any dtype, differentiable any number of times."""
@@ -160,6 +178,7 @@ def custom_vjp(
     reference: Callable[..., Any],
     outputs: Callable[..., Args],
     gradients: Callable[..., Args],
+    cotangents: Callable[[Any], tuple[Any, ...]],
     diff: int,
     n_out: int = 1,
 ) -> Callable[[Callable[P, Args]], Op[P, Any]]:
@@ -169,12 +188,13 @@ def custom_vjp(
         residuals: the NamedTuple that fwd hands to bwd.
         kernels: (fwd, bwd) over Triton kernels. plain: the same pair in plain PyTorch.
         reference, outputs, gradients: see the module's text.
+        cotangents: the shape of each output, from the residuals; None for a length that they do not tell.
         diff: how many arguments are differentiable; they come first. n_out: how many outputs there are.
     """
     pairs: dict[Backend, Pair] = {"triton": Pair(*kernels), "interpreter": Pair(*kernels), "reference": Pair(*plain)}
 
     def wrap(arguments: Callable[P, Args]) -> Op[P, Any]:
-        return Op(arguments, residuals, pairs, reference, outputs, gradients, diff, n_out)
+        return Op(arguments, residuals, pairs, reference, outputs, gradients, cotangents, diff, n_out)
 
     return wrap
 
@@ -193,16 +213,23 @@ def _lean(op: Op[..., Any]) -> type[Function]:
 
     def backward(ctx: Any, *dy: Tensor) -> Args:
         backend, options, no_more = ctx.rest
-        res = residuals(*ctx.saved_tensors, *options)
+        tensors = ctx.saved_tensors  # unpacked once: checkpointing makes them anew at each reading
+        res = residuals(*tensors, *options)
         needs = ctx.needs_input_grad[1 : 1 + diff]
         run = op.composable.bwd if op.composes(dy) or _batched(dy) else op.run_bwd
-        with torch.no_grad():  # what fwd computed is freed once this returns, unless the graph is kept for another backward
-            grads = run(backend, res, dy[0] if op.n_out == 1 else dy, needs, not keep_graph())
+        # What fwd computed is freed once this returns, unless the graph is kept for another backward.
+        donate = not keep_graph()
+        with torch.no_grad():
+            grads = run(backend, res, dy[0] if op.n_out == 1 else dy, needs, donate)
         if torch.is_grad_enabled():
-            grads = refuse.apply(diff, *grads, *dy, *ctx.saved_tensors)
+            grads = refuse.apply(diff, *grads, *dy, *tensors)
         return (None, *grads, *no_more)
 
     return type(op.name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+
+
+def _tangent(t: Tensor | None) -> bool:
+    return t is not None and forward_ad.unpack_dual(t).tangent is not None
 
 
 def _batched(dy: Args) -> bool:

@@ -88,6 +88,7 @@ def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, rows: Rows) -> 
     reference=_reference,
     outputs=_outputs,
     gradients=_gradients,
+    cotangents=lambda res: (res.target.shape if res.reduction == "none" else (),),
     diff=1,
 )
 def cross_entropy(logits: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: Reduction = "mean") -> Args:
@@ -117,4 +118,4 @@ def cross_entropy(logits: Tensor, target: Tensor, *, ignore_index: int = -100, r
     target = _check.classes("cross_entropy", target, logits.shape[:-1], "logits without their last axis")
     _check.same_device("cross_entropy", logits, target=target)
     _check.choice("cross_entropy", "reduction", reduction, REDUCTIONS)
-    return logits, target, int(ignore_index), reduction
+    return logits, target, _check.integer("cross_entropy", "ignore_index", ignore_index), reduction

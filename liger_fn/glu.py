@@ -129,6 +129,7 @@ def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor
     reference=_reference,
     outputs=_outputs,
     gradients=_gradients,
+    cotangents=lambda res: (res.gate.shape,),
     diff=2,
 )
 def swiglu(gate: Tensor, up: Tensor) -> Args:

@@ -1,6 +1,6 @@
 r"""Linear cross entropy: the loss of a language model's head, without its logits.
 
-    a = x wᵀ + b                  loss = stats(a) − a_y               g = scale (softmax(a) − onehot(y))
+    a = x wᵀ + b                  loss = lse(a) − a_y               g = scale (softmax(a) − onehot(y))
     dx = g w                      dw = gᵀ x                         db = Σ_rows g
 
 The rows of x go by in chunks, so that only one chunk's logits exist at a time. A reduced loss has one cotangent, a factor: its gradients
@@ -27,6 +27,7 @@ from ._vjp import Args, Needs, custom_vjp
 from .cross_entropy import REDUCTIONS, Reduction
 
 RUN = 512  # terms an fp32 product of a chunk sums one after another
+LIFT = 256.0  # fp16 keeps small probabilities as subnormals, or not at all: its unscaled gradients are made this much larger
 MEMORY_BUDGET = 256 * 2**20  # bytes of logits at a time: cuBLAS is near its ceiling there (H100)
 
 
@@ -103,6 +104,10 @@ def _buffer(chunks: list[slice], weight: Tensor) -> Tensor:
     return weight.new_empty(chunks[0].stop if chunks else 0, weight.shape[0])
 
 
+def _lift(t: Tensor) -> float:
+    return LIFT if t.dtype is torch.float16 else 1.0
+
+
 def _storage(t: Tensor) -> torch.dtype:
     """The dtype that an unscaled gradient is kept in: its own, but fp32 for fp16, which a sum over many tokens could overflow."""
     return torch.float32 if t.dtype is torch.float16 else t.dtype
@@ -172,11 +177,12 @@ def _fwd(
     buffer = _buffer(chunks, weight)
     each = rows.new_empty(len(rows), dtype=_check.wide_dtype(x))
     stats = each.new_empty(len(rows), 2)
+    lift = None if _lift(x) == 1.0 else each.new_full((1,), _lift(x))
     now = any(needs) and reduction != "none"  # the gradients are made here, and only scaled in backward
     sums = _Sums(rows, weight, bias, needs if now else (False,) * 3, len(chunks) == 1)
     for at in chunks:
         a = _logits(rows[at], weight, bias, buffer)
-        parts.rows(a, flat[at], ignore_index, stats=stats[at], loss=each[at], grad=a if now else None)
+        parts.rows(a, flat[at], ignore_index, stats=stats[at], loss=each[at], grad=a if now else None, scale=lift)
         if now:
             sums.add(at, a)
     n_valid = valid_rows(flat, ignore_index, reduction)
@@ -193,6 +199,7 @@ def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, parts: _Parts) 
     if res.reduction == "none":
         return _bwd_each(res, dy, needs, parts)
     factor = dy if res.n_valid is None or res.reduction == "sum" else dy / res.n_valid.clamp(min=1)
+    factor = factor / _lift(res.weight)
     grads = []
     for made, like, need in zip((res.dx, res.dweight, res.dbias), (res.dx, res.weight, res.bias), needs, strict=True):
         out = None
@@ -233,6 +240,7 @@ _PLAIN = _Parts(plain_rows, _plain_scale)
     reference=_reference,
     outputs=_outputs,
     gradients=_gradients,
+    cotangents=lambda res: (res.target.shape if res.reduction == "none" else (),),
     diff=3,
 )
 def linear_cross_entropy(
@@ -284,8 +292,9 @@ def linear_cross_entropy(
     target = _check.classes(op, target, x.shape[:-1], "x without its last axis")
     _check.same_device(op, x, weight=weight, bias=bias, target=target)
     _check.choice(op, "reduction", reduction, REDUCTIONS)
-    if memory_budget < 1:
-        raise ValueError(f"{op}: memory_budget is in bytes and must be at least 1, got {memory_budget}; the default is {MEMORY_BUDGET}")
+    _check.integer(op, "memory_budget (bytes)", memory_budget, 1)
+    _check.integer(op, "ignore_index", ignore_index)
+    _check.at_least_one(op, "the last axis of x", x.shape[-1])
     x, weight, bias = _check.autocast(x), _check.autocast(weight), None if bias is None else _check.autocast(bias)
     _check.same_dtype(op, x, weight=weight, bias=bias)
-    return x, weight, bias, target, int(ignore_index), reduction, int(memory_budget)
+    return x, weight, bias, target, ignore_index, reduction, memory_budget

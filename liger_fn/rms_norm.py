@@ -39,14 +39,15 @@ class Residuals(NamedTuple):
 
 
 def _reference(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str) -> Tensor:
-    h = x if cast == "none" else wide(x)
+    h = wide(x)
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     if cast == "llama":  # round to x's dtype first, then scale in the dtype that x and weight promote to
         h = h.to(x.dtype)
         return h if weight is None else h * (weight + offset)
-    if weight is not None:
-        h = h * ((weight if cast == "none" else wide(weight)) + offset)
-    return h.to(x.dtype) if cast == "gemma" else h
+    if weight is None:
+        return h.to(x.dtype)
+    h = h * (wide(weight) + offset)
+    return h.to(x.dtype if cast == "gemma" else torch.promote_types(x.dtype, weight.dtype))
 
 
 def _rstd(x: Tensor, eps: float) -> Tensor:
@@ -177,6 +178,7 @@ def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor
     reference=_reference,
     outputs=_outputs,
     gradients=_gradients,
+    cotangents=lambda res: (res.x.shape,),
     diff=2,
 )
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0, cast: Cast = "llama") -> Args:

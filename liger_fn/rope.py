@@ -154,6 +154,7 @@ def _bwd(res: Residuals, dy: tuple[Tensor, Tensor], needs: Needs, donate: bool) 
     reference=_reference,
     outputs=_outputs,
     gradients=_gradients,
+    cotangents=lambda res: ((None, None, *res.cos.shape[1:]),) * 2,
     diff=2,
     n_out=2,
 )

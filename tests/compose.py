@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import grad, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -73,6 +74,16 @@ class Composes:
         got = torch.autograd.grad(ys, leaves, stack(many), is_grads_batched=True, retain_graph=True)
         assert_same_bits(got, stack([torch.autograd.grad(ys, leaves, c, retain_graph=True) for c in many]), "gradients, batched")
         assert_same_bits(torch.autograd.grad(ys, leaves, stack(many), is_grads_batched=True), got, "gradients, batched, the graph freed")
+
+    def test_forward_mode_is_refused(self, backend: str, device: torch.device) -> None:
+        """A tangent that a kernel would drop is an error, not a zero."""
+        s = self.sample(device, FP32)
+        first, *rest = s.tensors
+        with forward_ad.dual_level():
+            assert not any(y.requires_grad for y in s.f()(*s.tensors))  # with no tangent about, nothing is refused
+            dual = forward_ad.make_dual(first, torch.ones_like(first))
+            with pytest.raises(NotImplementedError, match=rf"^{self.table.op}: has no forward-mode derivative; .*reference"):
+                s.f()(dual, *rest)
 
     # --- compilers --------------------------------------------------------------------------------------------------------------------
 
@@ -171,6 +182,17 @@ class Composes:
         assert_same_bits([y.detach() for y in ys], values, "value under checkpoint")
         torch.autograd.backward(ys, s.cots)
         assert_same_bits([t.grad for t in leaves], grads, "gradient under checkpoint")
+
+    def test_checkpoint_with_create_graph(self, backend: str, device: torch.device) -> None:
+        """Checkpointing makes saved tensors anew at each reading, and allows one."""
+        s = self.sample(device)
+        leaves = [t.detach().requires_grad_() for t in s.tensors]
+        ys = checkpoint(s.f(), *leaves, use_reentrant=False)
+        got = torch.autograd.grad(ys, leaves, s.cots, create_graph=True)
+        assert_same_bits([g.detach() for g in got], s.ours()[1], "gradient, checkpointed, with create_graph")
+        ys = s.f()(*leaves)
+        got = torch.autograd.grad(ys, leaves, s.cots, create_graph=True, retain_graph=False)
+        assert_same_bits([g.detach() for g in got], s.ours()[1], "gradient with create_graph, the graph freed")
 
     @pytest.mark.parametrize("saved", [True, False])
     def test_selective_checkpoint(self, backend: str, saved: bool, device: torch.device) -> None:

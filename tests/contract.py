@@ -151,6 +151,18 @@ class Contract(Composes):
 
     # --- errors -----------------------------------------------------------------------------------------------------------------------
 
+    def test_wrong_cotangent(self, backend: str, device: torch.device) -> None:
+        """`bwd` is the one place where autograd does not vouch for the shape, which kernels trust."""
+        s = self.sample(device, FP32)
+        _, residuals = s.op.fwd(**s.inputs, **s.options)
+        bad = tuple(c.new_ones(*c.shape, 2) for c in s.cots)
+        with pytest.raises(ValueError, match=rf"^{self.table.op}\.bwd: dy must have the shape .* got \["):
+            s.op.bwd(residuals, bad if len(bad) > 1 else bad[0])
+        with pytest.raises(TypeError, match=rf"^{self.table.op}\.bwd: dy must be {len(bad)} tensor"):
+            s.op.bwd(residuals, None if len(bad) == 1 else bad[0])
+        with pytest.raises(TypeError, match=rf"^{self.table.op}\.bwd: residuals must be what {self.table.op}\.fwd returned"):
+            s.op.bwd(tuple(residuals), s.cots)
+
     def test_wrong_call(self, backend: str, call: Wrong, device: torch.device) -> None:
         """The message starts with the function's name, and says what came and what to do."""
         s = self.sample(device, FP32)

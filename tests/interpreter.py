@@ -1,7 +1,7 @@
 """Mends Triton's interpreter where it does not do what the hardware does.
 
 Its conversion of fp32 to bf16 cuts the low bits off, where every GPU rounds to nearest even: held to the numerics rule, a kernel could
-then not pass however right it is. Only that conversion, and its exact inverse, are replaced.
+then not pass however right it is. That conversion and its exact inverse are replaced, and how old versions read the bounds of a loop.
 """
 
 from __future__ import annotations
@@ -30,3 +30,16 @@ def round_bf16() -> None:
         return convert(x, of, to, rounding)
 
     interpreter._convert_float = exact
+
+
+def read_loop_bounds() -> None:
+    """A loop bound is an array of one element, which NumPy 2.4 no longer takes for an int; Triton's interpreter minds that since 3.8."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, *scope: Any) -> None:
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patched

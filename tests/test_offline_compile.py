@@ -54,6 +54,8 @@ def test_compiles_within_budget(compiled: dict[str, dict[str, Any]], kernel: str
     if kernel not in compiled:
         pytest.fail(f"{kernel} is recorded, and no op launches it any more; {REMEDY}")
     usage: Usage | str = compiled[kernel][target]
+    if isinstance(usage, str) and "ROCm linker" in usage:
+        pytest.skip(f"Triton {triton.__version__} links for AMD with ROCm's own linker, which is not here")
     assert isinstance(usage, dict), f"{kernel} does not compile for {target}: {usage}"
     assert usage["shared"] <= SHARED_LIMIT[target], (
         f"{kernel} takes {usage['shared']} bytes of shared memory; {target} has {SHARED_LIMIT[target]}"

@@ -116,3 +116,13 @@ def test_each_row_honours_its_own_cotangent(backend: str, device: torch.device) 
     (grad,) = torch.autograd.grad(each, leaf, scale)
     want = scale[:, None] * (logits.softmax(-1) - F.one_hot(target, 63))
     torch.testing.assert_close(grad, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_narrow_targets_do_not_wrap(backend: str, dtype: torch.dtype, device: torch.device) -> None:
+    """-100 is 156 in uint8, and a vocabulary of 50257 is negative in int16."""
+    target = torch.tensor([100, 0, 3] if dtype is torch.int8 else [156, 0, 3], device=device)
+    logits = torch.randn(3, 50257, device=device)
+    want = liger_fn.cross_entropy(logits, target, reduction="none")
+    assert bool((want > 0).all())
+    assert torch.equal(liger_fn.cross_entropy(logits, target.to(dtype), reduction="none"), want)

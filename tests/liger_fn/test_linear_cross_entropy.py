@@ -1,6 +1,8 @@
 """linear_cross_entropy: the contract, and its oddities."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +16,7 @@ import liger_fn
 from tests import cases
 from tests.cases import Case
 from tests.contract import Contract, wrong
-from tests.numerics import assert_same_bits
+from tests.numerics import assert_near, assert_same_bits
 
 H, V = 24, 63
 
@@ -142,3 +144,72 @@ def test_the_logits_never_exist(backend: str, reduction: str, device: torch.devi
         dy = torch.ones(400 if reduction == "none" else (), device=device)
         liger_fn.linear_cross_entropy.bwd(residuals, dy)
     assert x.numel() <= largest < 400 * V
+
+
+def test_a_transform_makes_only_the_gradients_it_asks_for(backend: str, device: torch.device) -> None:
+    x, weight, target = inputs(device)
+
+    def loss(x: Tensor) -> Tensor:
+        return liger_fn.linear_cross_entropy(x, weight, target)
+
+    with made() as shapes:
+        torch.func.grad(loss)(x)
+    assert shapes == {"dx"}
+    with made() as shapes:
+        torch.func.vmap(loss)(torch.stack([x, x]))
+    assert shapes == set()
+    with made() as shapes:
+        torch.func.vmap(torch.func.grad(lambda w, x: liger_fn.linear_cross_entropy(x, w, target), argnums=0), in_dims=(None, 0))(
+            weight, torch.stack([x, x])
+        )
+    assert shapes == {"dweight"}
+
+
+@contextmanager
+def made() -> Iterator[set[str]]:
+    """Which gradients forwards made, inside the block."""
+    op, names = liger_fn.linear_cross_entropy, set()
+    stock = op.run_fwd
+
+    def watched(*args: Any) -> Any:
+        y, residuals = stock(*args)
+        names.update(k for k in ("dx", "dweight", "dbias") if getattr(residuals, k) is not None)
+        return y, residuals
+
+    op.run_fwd = watched
+    try:
+        yield names
+    finally:
+        del op.run_fwd
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_gradients_are_scaled_in_their_own_memory_once_the_graph_is_freed(backend: str, keep: bool, device: torch.device) -> None:
+    """What forward made is what backward returns, unless the graph is kept for another backward: half the memory of a copy."""
+    x, weight, target = (t.requires_grad_() if t.is_floating_point() else t for t in inputs(device))
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        loss = liger_fn.linear_cross_entropy(x, weight, target)
+    made = {t.data_ptr() for t in saved}
+    grads = torch.autograd.grad(loss, (x, weight), retain_graph=keep)
+    assert all((g.data_ptr() in made) is not keep for g in grads)
+
+
+@pytest.mark.parametrize("confidence", [16, 20, 24])
+def test_fp16_keeps_small_probabilities_under_loss_scaling(backend: str, confidence: int, device: torch.device) -> None:
+    """A confident model in fp16: nearly every probability is subnormal, and a loss scale is there to keep them."""
+    g = torch.Generator().manual_seed(0)
+    head = (torch.randint(0, 2, (4096, 64), generator=g) * 0.25 - 0.125).to(
+        device, torch.float16
+    )  # exact logits, whose errors would hide it
+    target = torch.randint(4096, (64,), generator=g).to(device)
+    x = head[target] * confidence
+
+    def grads(fn: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, head)]
+        return torch.autograd.grad(fn(*leaves, target) * 65536.0, leaves)
+
+    ours, naive = grads(liger_fn.linear_cross_entropy, torch.float16), grads(liger_fn.linear_cross_entropy.reference, torch.float16)
+    truth = grads(liger_fn.linear_cross_entropy.reference, torch.float64)
+    for o, n, t, name in zip(ours, naive, truth, ("x", "weight"), strict=True):
+        assert_near(o, n, t, f"fp16 gradient of {name} under loss scaling")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 import liger_fn
 from tests import cases
@@ -54,3 +55,14 @@ def test_layout_is_kept(backend: str, device: torch.device) -> None:
     values, grads = s.ours()
     assert [v.stride() for v in values] == [t.stride() for t in s.tensors]
     assert all(g.shape == t.shape for g, t in zip(grads, s.tensors, strict=True))
+
+
+def test_a_table_differentiated_under_a_transform_is_refused(backend: str, device: torch.device) -> None:
+    """vmap hides that cos is differentiated; a gradient of zero would be wrong."""
+    q, cos = torch.randn(3, 1, 2, 4, 6, device=device), torch.randn(3, 1, 4, 6, device=device)
+
+    def loss(cos: Tensor) -> Tensor:
+        return torch.func.vmap(lambda q, c: liger_fn.rope(q, q, c, c)[0])(q, cos).sum()
+
+    with pytest.raises(ValueError, match=r"^rope: no gradient is computed for cos"):
+        torch.func.grad(loss)(cos)
