@@ -2,7 +2,7 @@
 
 The choice is made for each call, from the tensor it is given: a tensor on a GPU runs the kernels, a CPU tensor runs plain PyTorch, or the
 same kernels in Triton's interpreter when the process was started with `TRITON_INTERPRET=1`. fp64 always runs plain PyTorch, since the
-kernels keep their statistics in fp32. A backward runs on the backend that its forward ran on.
+kernels keep their statistics in fp32. Autograd runs a backward on the backend that its forward ran on.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def use_backend(name: Backend) -> Iterator[None]:
         name: "reference" (plain PyTorch, any device), "triton" (GPU tensors), or "interpreter" (the kernels on a CPU, slow; the process
             must have been started with `TRITON_INTERPRET=1`).
 
-    The setting belongs to the process, not to a thread, and is not consulted in backward, which follows its forward.
+    The setting belongs to the process: threads must not overlap in it. Autograd's backward does not consult it, but follows its forward.
 
     Raises:
         ValueError: `name` is none of the three.

@@ -3,7 +3,7 @@ r"""Cross entropy of logits against class indices.
     lse = log Σ_j exp(a_j)        loss = lse − a_y        da_j = dloss (exp(a_j − lse) − [j = y])
 
 over the rows whose target is not ignored; a mean divides by their number. Residuals: logits, target, the two parts of lse in fp32 (see
-`_loss_rows`), the number of valid rows.
+`_loss_rows`), the number of valid rows. Source: Milakov & Gimelshein 2018, arXiv:1805.02867 (softmax in one pass).
 """
 
 from __future__ import annotations
@@ -111,6 +111,8 @@ def cross_entropy(logits: Tensor, target: Tensor, *, ignore_index: int = -100, r
     Example:
         >>> liger_fn.cross_entropy(torch.zeros(2, 8), torch.tensor([3, -100]))
         tensor(2.0794)
+
+    Source: Milakov & Gimelshein 2018, arXiv:1805.02867 (softmax in one pass).
     """
     _check.floating("cross_entropy", logits=logits)
     _check.rank("cross_entropy", "logits", logits, 1)

@@ -140,7 +140,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Args:
         up: of gate's shape and dtype.
 
     Returns:
-        y, of the same shape and dtype, computed in fp32 and rounded once. Gradients: gate and up.
+        y, of the same shape and dtype; the kernels compute in fp32 and round once. Gradients: gate and up.
 
     Raises:
         TypeError: a tensor is not of a float dtype, or the two dtypes differ.

@@ -8,6 +8,7 @@ are made in forward while the chunk's logits are at hand (three matrix products 
 cotangent each, known in backward only: there the logits are made again (four products). Chunks of dw are summed in fp32.
 
 Residuals: weight, and the unscaled gradients (reduced), or x, bias, target and lse (per token).
+Source: chunks of tokens as in github.com/mgmalek/efficient_cross_entropy; Wijmans et al. 2024, arXiv:2411.09009, for the memory at stake.
 """
 
 from __future__ import annotations
@@ -278,6 +279,8 @@ def linear_cross_entropy(
     Example:
         >>> liger_fn.linear_cross_entropy(torch.zeros(2, 4), torch.ones(8, 4), torch.tensor([3, -100]))
         tensor(2.0794)
+
+    Source: Wijmans et al. 2024, arXiv:2411.09009, for the memory at stake; chunks of tokens as in efficient_cross_entropy (M. Malek).
     """
     op = "linear_cross_entropy"
     _check.floating(op, x=x, weight=weight)

@@ -167,7 +167,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Args:
         cos, sin: `[B, T, D]`, or `[1, T, D]` for all of the batch; any float dtype.
 
     Returns:
-        `(q', k')`: q and k turned, in their own shapes, dtypes and memory layouts, computed in fp32 and rounded once.
+        `(q', k')`: q and k turned, in their own shapes, dtypes and memory layouts; the kernels compute in fp32, round once.
         Gradients: q and k.
 
     Raises:

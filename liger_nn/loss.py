@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import liger_fn
 from liger_fn.cross_entropy import Reduction
+from liger_fn.linear_cross_entropy import MEMORY_BUDGET
 
 
 class CrossEntropyLoss(nn.Module):
@@ -22,8 +23,17 @@ class CrossEntropyLoss(nn.Module):
         return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}"
 
 
-class LinearCrossEntropyLoss(CrossEntropyLoss):
+class LinearCrossEntropyLoss(nn.Module):
     """`liger_fn.linear_cross_entropy` with its options held: `loss_fn(head.weight, x, target, head.bias)`, the weight first."""
 
-    def forward(self, weight: Tensor, x: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        return liger_fn.linear_cross_entropy(x, weight, target, bias, ignore_index=self.ignore_index, reduction=self.reduction)
+    def __init__(self, *, ignore_index: int = -100, reduction: Reduction = "mean", memory_budget: int = MEMORY_BUDGET) -> None:
+        super().__init__()
+        self.ignore_index, self.reduction, self.memory_budget = ignore_index, reduction, memory_budget
+
+    def forward(self, weight: Tensor, x: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
+        return liger_fn.linear_cross_entropy(
+            x, weight, target, bias, ignore_index=self.ignore_index, reduction=self.reduction, memory_budget=self.memory_budget
+        )
+
+    def extra_repr(self) -> str:
+        return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, memory_budget={self.memory_budget}"
