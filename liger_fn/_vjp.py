@@ -156,12 +156,12 @@ class Op(Generic[P, R]):
     @staticmethod
     def composes(tensors: Any) -> bool:
         """Must this call be made of operators that others can see: compilers, transforms, dispatch modes, tensor subclasses?"""
-        return (
-            torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._len_torch_dispatch_stack() > 0
-            or any(type(t) not in _PLAIN for t in tensors if t is not None)
-        )
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0:
+            return True
+        for t in tensors:  # noqa: SIM110  a loop: this is every call's host time
+            if type(t) not in _PLAIN and t is not None:
+                return True
+        return False
 
     def __repr__(self) -> str:
         return f"<liger_fn.{self.name}{inspect.signature(self)}>"

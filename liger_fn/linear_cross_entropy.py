@@ -28,7 +28,7 @@ from ._vjp import Args, Needs, custom_vjp
 from .cross_entropy import REDUCTIONS, Reduction
 
 RUN = 512  # terms an fp32 product of a chunk sums one after another
-LIFT = 256.0  # fp16 keeps small probabilities as subnormals, or not at all: its unscaled gradients are made this much larger
+LIFT = 1024.0  # fp16 keeps small probabilities as subnormals, or not at all: its unscaled gradients are made this much larger
 MEMORY_BUDGET = 256 * 2**20  # bytes of logits at a time: cuBLAS is near its ceiling there (H100)
 
 

@@ -8,6 +8,7 @@ Residuals: x, w, and r in fp32, one per row. Source: Zhang & Sennrich 2019, arXi
 
 from __future__ import annotations
 
+from functools import cache
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -116,16 +117,27 @@ def _bwd_kernel(
         if dw_ptr is not None:
             dw += dy * xr
     if dw_ptr is not None:
-        tl.store(dw_ptr + pid.to(tl.int64) * H + col, tl.sum(dw, 0)[None, :], mask=col < H)
+        tl.store(dw_ptr + pid.to(tl.int64) * H + col, tl.sum(dw, 0)[None, :].to(dw_ptr.dtype.element_ty), mask=col < H)
 
 
 # --- forward and backward ---------------------------------------------------------------------------------------------------------------
 
 
-def _tile(h: int) -> tuple[int, int]:
-    """(rows, columns) one program holds: one wide row, or several short ones."""
-    block = next_power_of_2(h)
-    return max(1, 2048 // block), block
+class _Tile(NamedTuple):
+    """How a row length is cut: the rows and columns a program holds, its warps, and the programs a multiprocessor holds at once (H100)."""
+
+    rows: int
+    columns: int
+    warps: int
+    resident: int
+
+
+@cache
+def _tile(h: int) -> _Tile:
+    """One wide row, or several short ones."""
+    columns = next_power_of_2(h)
+    rows = max(1, 2048 // columns)
+    return _Tile(rows, columns, warps(rows * columns, PER_WARP), max(1, min(4, 8192 // (rows * columns))))
 
 
 def _outputs(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str, needs: Needs) -> tuple[Tensor, Tensor]:
@@ -140,30 +152,31 @@ def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None,
 
 def _fwd(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str, needs: Needs) -> tuple[Tensor, Residuals]:
     y, rstd = _outputs(x, weight, eps, offset, cast, needs)
-    rows, h = as_rows(x), x.shape[-1]
-    tile, block = _tile(h)
+    rows = as_rows(x)
+    n, h = rows.shape
+    tile = _tile(h)
     launch(
-        _fwd_kernel, (cdiv(len(rows), tile),), x.device,
-        rows, weight, y, rstd, rows.stride(0), len(rows), h, eps, offset,
-        LLAMA=cast == "llama", ROWS=tile, BLOCK=block, num_warps=warps(tile * block, PER_WARP),
+        _fwd_kernel, (cdiv(n, tile.rows),), x.device,
+        rows, weight, y, rstd, rows.stride(0), n, h, eps, offset,
+        LLAMA=cast == "llama", ROWS=tile.rows, BLOCK=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
     return y, Residuals(x, weight, rstd, offset, cast)
 
 
 def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor | None, Tensor | None]:
     x, weight, rstd, offset, _ = res
-    rows, dys, h = as_rows(x), as_rows(dy), x.shape[-1]
-    tile, block = _tile(h)
-    each = max(1, min(4, 8192 // (tile * block)))  # programs a multiprocessor holds at once (H100)
-    programs = min(cdiv(len(rows), tile), each * processors(x.device))
+    rows, dys = as_rows(x), as_rows(dy)
+    n, h = rows.shape
+    tile = _tile(h)
+    programs = min(cdiv(n, tile.rows), tile.resident * processors(x.device))
     dx, dw = _gradients(res, dy, needs)
-    parts = None if dw is None else rstd.new_empty(programs, h)
+    parts = dw if dw is None or programs == 1 else rstd.new_empty(programs, h)  # a sum for each program, to be summed in turn
     launch(
         _bwd_kernel, (programs,), x.device,
-        dys, rows, weight, rstd, dx, parts, dys.stride(0), rows.stride(0), len(rows), h, offset,
-        ROWS=tile, BLOCK=block, num_warps=warps(tile * block, PER_WARP),
+        dys, rows, weight, rstd, dx, parts, dys.stride(0), rows.stride(0), n, h, offset,
+        ROWS=tile.rows, BLOCK=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
-    if dw is not None and parts is not None:
+    if dw is not None and parts is not None and parts is not dw:
         sum_rows(parts, dw)
     return dx, dw
 

@@ -30,8 +30,15 @@ def auto(model: nn.Module, *, strict: bool = True, verify: bool = True, **which:
     In training with labels the loss comes from `liger_fn.linear_cross_entropy`, and `outputs.logits` is an object that computes the logits
     when they are asked for. Otherwise logits are ordinary tensors. Where every label is ignored the loss is 0 (the original: NaN).
 
+    Hooks and wrappers act as on the original. One that takes the values of the logits before the loss does, or wants their gradient, makes
+    that step compute logits, and the loss from them.
+
     Adapters on the output layer (LoRA, `modules_to_save`) and a `loss_function` of the user's own are respected: the report says that they
     were left.
+
+    Attention runs over the names of its module as they are now: one that is rebound there later (a kernel exchanged by hand) is seen after
+    `revert` and `auto`. A patched model must not run forward in two threads at once, and `nn.DataParallel`, which does that with replicas
+    of it, is not supported: use DistributedDataParallel.
 
     Args:
         model: a transformers model of a supported type, or a wrapper (PEFT, DDP, `torch.compile`) around one.
@@ -52,10 +59,15 @@ def auto(model: nn.Module, *, strict: bool = True, verify: bool = True, **which:
         >>> print(report)                                   # doctest: +SKIP
         >>> liger_patch.auto(model, strict=False, rope=False)  # doctest: +SKIP
     """
-    root, finds = survey(model, which, verify)
+    return apply("auto", model, strict, verify, which)
+
+
+def apply(who: str, model: nn.Module, strict: bool, verify: bool, which: Mapping[str, object]) -> Report:
+    """`auto`, for whichever public function its errors shall name."""
+    root, finds = survey(who, model, which, verify)
     failures = [f for f in finds if f.row.status == FAILED]
     if strict and failures:
-        raise PatchError(refusal("auto", root, failures))
+        raise PatchError(refusal(who, root, failures))
     _swap.install(root, [swap for f in finds if f.row.status == PLANNED for swap in f.swaps])
     done = {PLANNED: PATCHED, FAILED: LEFT}
     return report(root, [replace(f, row=replace(f.row, status=done.get(f.row.status, f.row.status))) for f in finds])
@@ -76,7 +88,7 @@ def plan(model: nn.Module, *, verify: bool = True, **which: bool) -> Report:
         TypeError: an operation's name is not known, or its value is not a bool.
         PatchError: the model's type is not supported.
     """
-    return report(*survey(model, which, verify))
+    return report(*survey("plan", model, which, verify))
 
 
 def revert(model: Model) -> Model:
@@ -92,15 +104,17 @@ def revert(model: Model) -> Model:
         PatchError: someone has since wrapped a forward that `auto` had replaced, so it cannot be taken out from under the wrapper.
             Nothing is undone then.
     """
-    root = causal_lm(model)
-    theirs = [swap for swap in _swap.recorded(root) if swap.wrapped]
+    root = causal_lm(model, "revert")
+    paths = {id(module): path or "the model" for path, module in root.named_modules()}
+    theirs = [swap for swap in _swap.recorded(root) if swap.wrapped and id(swap.module) in paths]
     if theirs:
-        paths = {module: path or "the model" for path, module in root.named_modules()}
         raise PatchError(
-            f"revert: a patched forward has been wrapped since, on {', '.join(paths.get(swap.module, '?') for swap in theirs)}. "
+            f"revert: a patched forward has been wrapped since, on {', '.join(paths[id(swap.module)] for swap in theirs)}. "
             "Remove the wrapper first (accelerate: accelerator.unwrap_model(model, keep_fp32_wrapper=False)), then revert"
         )
-    for swap in list(_swap.swaps(root)):
+    # Modules that have since been taken out of the model (an output layer that made room for another) get their originals back too.
+    gone = [swap for swap in _swap.recorded(root) if id(swap.module) not in paths and not swap.wrapped]
+    for swap in [*_swap.swaps(root), *gone]:
         swap.remove()
     root.__dict__.pop(_swap.RECORD, None)
     return model
@@ -123,9 +137,9 @@ def patched(model: Model, *, strict: bool = True, verify: bool = True, **which: 
         TypeError: as for `auto`.
         PatchError: as for `auto` and `revert`.
     """
-    root = causal_lm(model)
+    root = causal_lm(model, "patched")
     before = _swap.recorded(root)
-    auto(model, strict=strict, verify=verify, **which)
+    apply("patched", model, strict, verify, which)
     try:
         yield model
     finally:
@@ -150,11 +164,11 @@ def refusal(who: str, root: PreTrainedModel, failures: list[Find]) -> str:
     )
 
 
-def survey(model: nn.Module, which: Mapping[str, object], verify: bool) -> tuple[PreTrainedModel, list[Find]]:
+def survey(who: str, model: nn.Module, which: Mapping[str, object], verify: bool) -> tuple[PreTrainedModel, list[Find]]:
     """Every find in a model, those that are planned proved if `verify`."""
-    asked = wanted(which)
-    root = causal_lm(model)
-    finds = find(root, entry(root.config.model_type), asked)
+    asked = wanted(which, who)
+    root = causal_lm(model, who)
+    finds = find(root, entry(root.config.model_type, who), asked)
     if not verify:
         return root, finds
     outcomes: dict[Hashable, str] = {}

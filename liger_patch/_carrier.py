@@ -7,48 +7,91 @@ where it turns into the logits when someone asks for them. A plain object and no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree
 
 
 class Source:
-    """How logits are made: the output layer's input, and the output layer.
+    """How logits are made: the output layer's input, and what the layer had at hand in the forward pass.
 
     Args:
         head: what runs the layer on an input, `head.logits(x)`.
-        hidden_states: the input.
+        hidden_states: the input, as the layer's pre-hooks left it.
         weight: the layer's weight as the loss saw it.
+        bias: its bias as the loss saw it.
         request: what the loss was asked to be.
     """
 
-    __slots__ = ("_logits", "autocast", "head", "hidden_states", "request", "version", "vocab_size", "weight")
+    __slots__ = (
+        "_logits",
+        "autocast",
+        "base",
+        "bias",
+        "dtype",
+        "grad",
+        "head",
+        "hidden_states",
+        "request",
+        "version",
+        "vocab_size",
+        "weight",
+    )
 
-    def __init__(self, head: Any, hidden_states: Tensor, weight: Tensor, request: Any) -> None:
-        self.head, self.hidden_states, self.weight, self.request = head, hidden_states, weight, request
+    def __init__(self, head: Any, hidden_states: Tensor, weight: Tensor, bias: Tensor | None, request: Any) -> None:
+        self.head, self.hidden_states, self.weight, self.bias, self.request = head, hidden_states, weight, bias, request
         self.vocab_size = weight.shape[0]
         kind = hidden_states.device.type
         on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         self.autocast = (kind, torch.get_autocast_dtype(kind)) if on else None
+        # Autocast leaves fp64 alone.
+        self.dtype = self.autocast[1] if self.autocast and hidden_states.dtype is not torch.float64 else hidden_states.dtype
+        self.grad = torch.is_grad_enabled()
         # Compiled code has no version counters to read, and inference tensors have none.
         self.version = None if torch.compiler.is_compiling() or weight.is_inference() else weight._version
+        self.base: Source | None = None
         self._logits: Tensor | None = None
+
+    def upcast(self) -> Source:
+        """The source of a copy of these logits in fp32, as models put it between their output layer and their loss."""
+        copy = Source(self.head, self.hidden_states, self.weight, self.bias, self.request)
+        copy.base, copy.dtype = self, torch.float32
+        return copy
+
+    @property
+    def touched(self) -> bool:
+        """Whether anyone has had the logits in hand, and so may have changed them in place or hung a hook on them."""
+        return self._logits is not None or (self.base is not None and self.base.touched)
 
     def logits(self) -> Tensor:
         if self._logits is None:
-            if self.version is not None and self.weight._version != self.version:
-                raise RuntimeError(
-                    "outputs.logits: the output layer's weight has changed since the forward pass (an optimizer step?), so these "
-                    "logits can no longer be computed. Read outputs.logits before the step, or patch with linear_cross_entropy=False"
-                )
-            # Logits are what they would have been in the forward pass, under autocast too.
-            with torch.autocast(*self.autocast) if self.autocast else nullcontext():
-                self._logits = self.head.logits(self.hidden_states)
+            # Logits are what they would have been in the forward pass: under its autocast, and with gradients if it had them.
+            with torch.set_grad_enabled(self.grad), self._autocast():
+                self._logits = self.base.logits().float() if self.base is not None else self._compute()
         return self._logits
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.autocast:
+            return torch.autocast(*self.autocast)
+        kind = self.hidden_states.device.type
+        return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+    def _compute(self) -> Tensor:
+        if self.version is not None and self.weight._version != self.version:
+            raise RuntimeError(
+                "outputs.logits: the output layer's weight has changed since the forward pass (an optimizer step?), so these "
+                "logits can no longer be computed. Read outputs.logits before the step, or patch with linear_cross_entropy=False"
+            )
+        # The layer's hooks have run, or will run, on the carrier: a call of the module would run them a second time. Only where sharding
+        # has taken the weight back is there no other way, since its hooks are what gathers it.
+        if _is_whole(self.weight):
+            return F.linear(self.hidden_states, self.weight, self.bias)
+        return self.head.logits(self.hidden_states)
 
 
 @dataclass(eq=False, repr=False)
@@ -56,22 +99,28 @@ class FusedLogits:
     """Logits that were not computed: a finished loss, and the means to compute them on demand.
 
     Every tensor method, operator, index and torch function works and gives what it would give on the logits, which are then computed once,
-    with gradients. The shape is known without computing them.
+    with gradients. What kind of tensor they are (shape, dtype, device, ...) is known without computing them.
     """
 
     loss: Tensor
     # Not a tensor, nor a container that one looks into: sharding libraries attach their backward hooks to the loss alone.
     source: Source
-    # Casts that models put between their output layer and their loss. The loss is computed in fp32 whether they are there or not.
-    upcast: bool = False
 
     def materialize(self) -> Tensor:
-        """The logits. Computed at the first call, by running the output layer."""
-        logits = self.source.logits()
-        return logits.float() if self.upcast else logits
+        """The logits. Computed at the first call; changes made to them in place are seen by every later one."""
+        return self.source.logits()
 
+    # The cast that models put between their output layer and their loss. The loss is computed in fp32 whether it is there or not.
     def float(self) -> FusedLogits:
-        return FusedLogits(self.loss, self.source, upcast=True)
+        return self if self.dtype is torch.float32 else FusedLogits(self.loss, self.source.upcast())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.loss.requires_grad
 
     def contiguous(self) -> FusedLogits:
         return self
@@ -97,6 +146,12 @@ class FusedLogits:
     def numel(self) -> int:
         return self.shape.numel()
 
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+    def is_floating_point(self) -> bool:
+        return True
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -104,10 +159,11 @@ class FusedLogits:
         return iter(self.materialize())
 
     def __getattr__(self, name: str) -> Any:
-        # Only what this class does not define comes here. Protocols that probe for dunder names must not compute logits.
-        if name.startswith("__") or name in ("loss", "source", "upcast"):
-            raise AttributeError(name)
-        return getattr(self.materialize(), name)
+        # Only what this class does not define comes here. Whoever probes an object for what it is must not cause logits to be computed:
+        # neither by dunder names, nor by names that no tensor has, nor by those that the input answers as well.
+        if name.startswith("__") or name in ("loss", "source") or not hasattr(Tensor, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.source.hidden_states if name in _LIKE_THE_INPUT else self.materialize(), name)
 
     def __repr__(self) -> str:
         return f"FusedLogits(shape={tuple(self.shape)}, loss={self.loss})"
@@ -128,6 +184,24 @@ class FusedLogits:
         return func(*args, **kwargs)
 
 
+_LIKE_THE_INPUT = {
+    *("is_cpu", "is_cuda", "is_meta", "is_mps", "is_xla", "is_xpu", "get_device"),
+    *("layout", "is_sparse", "is_sparse_csr", "is_mkldnn", "is_nested", "is_quantized", "is_complex", "is_inference"),
+}
+
+
+def _is_whole(weight: Tensor) -> bool:
+    """Whether the values of a weight are here, and will be in backward: sharding frees the storage, or (DeepSpeed) swaps it out."""
+    if hasattr(weight, "ds_id"):
+        return False
+    if torch.compiler.is_compiling() or weight.numel() == 0:
+        return True
+    try:
+        return weight.untyped_storage().nbytes() > 0
+    except NotImplementedError:  # a tensor under a transform of torch.func has no storage that one may ask for
+        return True
+
+
 def _values(logits: Tensor) -> Tensor:
     return logits
 
@@ -145,22 +219,34 @@ def _operator(name: str) -> Callable[..., Any]:
     return apply
 
 
+def _in_place(name: str) -> Callable[..., Any]:
+    def apply(self: FusedLogits, *args: Any) -> FusedLogits:
+        args = tuple(arg.materialize() if isinstance(arg, FusedLogits) else arg for arg in args)
+        getattr(self.materialize(), name)(*args)
+        return self
+
+    apply.__name__ = name
+    return apply
+
+
 # Operators are looked up on the class, past __getattr__.
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
 for _name in (
     *(f"__{op}__" for op in _BINARY),
     *(f"__r{op}__" for op in _BINARY),
-    *("__neg__", "__abs__", "__getitem__", "__bool__", "__int__", "__float__"),
+    *("__neg__", "__abs__", "__getitem__", "__setitem__", "__bool__", "__int__", "__float__"),
     *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"),
 ):
     setattr(FusedLogits, _name, _operator(_name))
+for _name in ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"):
+    setattr(FusedLogits, _name, _in_place(_name))
 FusedLogits.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 # The loss is a leaf that libraries which walk outputs find: FSDP2 hooks the gathering of the weight in backward to it.
 _pytree.register_pytree_node(
     FusedLogits,
-    lambda carrier: ([carrier.loss], (carrier.source, carrier.upcast)),
-    lambda children, context: FusedLogits(*children, *context),
+    lambda carrier: ([carrier.loss], carrier.source),
+    lambda children, source: FusedLogits(next(iter(children)), source),
     serialized_type_name="liger_patch.FusedLogits",
-    flatten_with_keys_fn=lambda carrier: ([(_pytree.GetAttrKey("loss"), carrier.loss)], (carrier.source, carrier.upcast)),
+    flatten_with_keys_fn=lambda carrier: ([(_pytree.GetAttrKey("loss"), carrier.loss)], carrier.source),
 )

@@ -19,13 +19,19 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from . import _proof
 from ._errors import PatchError
-from ._head import CausalLMForward, CausalLMLoss, HeadForward
-from ._modules import GLUForward, NormForward
+from ._head import CausalLMForward, CausalLMLoss, HeadForward, has_backward_hooks
+from ._modules import GLUForward, NormForward, is_hooked
 from ._report import ALREADY, FAILED, LEFT, PLANNED, Row
 from ._rope import RopeForward
 from ._spec import OPS, Arch, Head
 from ._swap import Forward, Swap, installed, is_stock
 from ._view import uses_global
+
+
+class Left(str):
+    """Why a place is left as it is by the user's own choice. A plain string is why it is not as the entry promises."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -48,24 +54,33 @@ class Find:
         return Find(replace(self.row, status=FAILED, why=why, now=self.row.was))
 
 
-def wanted(which: Mapping[str, Any]) -> dict[str, bool]:
-    """Every operation, and whether it was asked for."""
+def wanted(which: Mapping[str, Any], who: str) -> dict[str, bool]:
+    """Every operation, and whether it was asked for. `who` is the public function that errors speak for, here and below."""
     for name, value in which.items():
         if name not in OPS:
-            raise TypeError(f"auto: unknown operation {name!r}; known are {', '.join(OPS)}")
+            raise TypeError(f"{who}: unknown operation {name!r}; known are {', '.join(OPS)}")
         if not isinstance(value, bool):
-            raise TypeError(f"auto: {name} must be True or False, got {value!r}")
+            raise TypeError(f"{who}: {name} must be True or False, got {value!r}")
     return {op: which.get(op, True) for op in OPS}
 
 
-def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside whatever wraps it (PEFT, DDP, a compiler)."""
+def causal_lm(model: nn.Module, who: str) -> PreTrainedModel:
+    """The one transformers model inside whatever wraps it (PEFT, DDP, a compiler). Models inside that model are parts of it."""
+    held: dict[str, PreTrainedModel] = {}
     if isinstance(model, nn.Module):
-        for module in model.modules():
+        for path, module in model.named_modules():
             if isinstance(module, PreTrainedModel) and getattr(module.config, "model_type", None):
-                return module
+                held[path] = module
+    # By what contains what, and not by paths: a wrapper may hold a model and, under another name, a part of it.
+    parts = {id(part) for outer in held.values() for part in outer.modules() if part is not outer}
+    outermost = {path: module for path, module in held.items() if id(module) not in parts}
+    if len(outermost) > 1:
+        names = ", ".join(f"{path} ({type(module).__name__})" for path, module in outermost.items())
+        raise PatchError(f"{who}: {type(model).__name__} holds several transformers models: {names}. Pass the one that is meant")
+    if outermost:
+        return next(iter(outermost.values()))
     raise PatchError(
-        f"auto: {type(model).__name__} holds no transformers model with a config.model_type. "
+        f"{who}: {type(model).__name__} holds no transformers model with a config.model_type. "
         "Pass a model such as AutoModelForCausalLM gives, or call the functions of liger_fn in your own modules"
     )
 
@@ -110,6 +125,8 @@ def _forward(row: Row, module: nn.Module, asked: Mapping[str, bool], make: Calla
     if not is_stock(module):
         return find.failed(f"its forward was replaced on this instance by {_title(module.__dict__['forward'])}")
     swap = make(module)
+    if isinstance(swap, Left):
+        return Find(replace(row, now=row.was, status=LEFT, why=str(swap)))
     return find.failed(swap) if isinstance(swap, str) else Find(row, (swap,), *_proof_of(swap))
 
 
@@ -125,6 +142,8 @@ def _glu(module: Any) -> GLUForward | str:
     missing = [name for name in ("gate_proj", "up_proj", "down_proj", "act_fn") if not callable(getattr(module, name, None))]
     if missing:
         return f"it has no {', '.join(missing)}"
+    if is_hooked(module.act_fn):
+        return Left("there are hooks on its act_fn, which is called for them")
     x = torch.linspace(-8, 8, 65, dtype=torch.float64, device="cpu")
     if not torch.allclose(module.act_fn(x), F.silu(x), rtol=1e-6, atol=1e-6):
         return f"its act_fn is {_title(module.act_fn)} (hidden_act={getattr(module.config, 'hidden_act', '?')!r}), the entry says silu"
@@ -205,11 +224,13 @@ def _head(root: PreTrainedModel, spec: Head, asked: Mapping[str, bool]) -> Itera
 
 
 def _not_a_plain_linear(root: PreTrainedModel, layer: nn.Module) -> str:
-    """Why the output layer's logits are not `x @ weight.T + bias` of one whole weight; empty if they are."""
+    """Why the output layer's logits are not `x @ weight.T + bias` of one whole weight, or are wanted; empty if there is no reason."""
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
         return f"the output layer is a {_title(layer)}, whose logits are not those of its weight alone"
     if not is_stock(layer):
         return f"the output layer's forward was replaced on this instance by {_title(layer.__dict__['forward'])}"
+    if has_backward_hooks(layer):
+        return "the output layer has backward hooks, which want the gradient of its logits"
     if getattr(root, "_tp_size", None) not in (None, 1):
         return "the output layer is split over devices (tensor parallel)"
     return ""

@@ -117,14 +117,15 @@ class HeadForward(Forward):
     def run(self, module: Any, hidden_states: Tensor) -> Any:
         request = self.requests[-1] if self.requests else None
         weight, bias = module.weight, module.bias
-        if request is None or isinstance(weight, _Sharded):
+        # Backward hooks of this module want the gradient of logits, so there must be logits.
+        if request is None or isinstance(weight, _Sharded) or has_backward_hooks(module):
             return self.stock(module, hidden_states)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         target = request.targets(x.shape[0]).to(x.device)
         loss = liger_fn.linear_cross_entropy(x, weight, target, bias, ignore_index=request.ignore_index, reduction=request.reduction)
         if request.num_items_in_batch is not None:
             loss = request.normalize(loss)
-        return FusedLogits(loss, Source(self, hidden_states, weight, request))
+        return FusedLogits(loss, Source(self, hidden_states, weight, bias, request))
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Ordinary logits, by a call of the module: whatever hooks gather its weight run again."""
@@ -153,8 +154,6 @@ class CausalLMLoss(Swap):
     def __init__(self, module: nn.Module, cross_entropy: bool) -> None:
         super().__init__(module)
         self.cross_entropy = cross_entropy
-        if self.before and isinstance(self.before[0], CausalLMLoss):
-            self.before = self.before[0].before  # takes the place of an earlier one
 
     def __call__(
         self,
@@ -168,9 +167,10 @@ class CausalLMLoss(Swap):
     ) -> Tensor:
         request = Request(labels, shift_labels, num_items_in_batch, ignore_index)
         if isinstance(logits, FusedLogits):
-            if logits.source.request.same(request) and logits.shape[-1] == vocab_size:
+            # Once someone has had the logits in hand, a hook or the model itself, they may be others than those the loss is of.
+            if not logits.source.touched and logits.source.request.same(request) and logits.shape[-1] == vocab_size:
                 return logits.loss
-            # The model asks for another loss than the one its caller asked for, so that one is of no use.
+            # Nor is it of use if the model asks for another loss than the one its caller asked for.
             logits = logits.materialize()
         if not self.cross_entropy:
             return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
@@ -178,6 +178,11 @@ class CausalLMLoss(Swap):
         target = request.targets(logits.shape[0]).to(logits.device)
         loss = liger_fn.cross_entropy(logits, target, ignore_index=ignore_index, reduction=request.reduction)
         return loss if num_items_in_batch is None else request.normalize(loss)
+
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether backward through this module calls hooks of it."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 def _same_number(a: Any, b: Any) -> bool:

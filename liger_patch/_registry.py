@@ -36,11 +36,11 @@ def register(arch: Arch, *, replace: bool = False) -> None:
     _entries[arch.model_type] = arch
 
 
-def entry(model_type: str) -> Arch:
-    """The entry of a model type, or a `PatchError` that says which there are and how to add one."""
+def entry(model_type: str, who: str) -> Arch:
+    """The entry of a model type, or a `PatchError` that says which there are and how to add one. `who`: in whose name."""
     if model_type not in _entries:
         raise PatchError(
-            f"auto: no entry for model type {model_type!r}. Supported: {', '.join(supported())}. "
+            f"{who}: no entry for model type {model_type!r}. Supported: {', '.join(supported())}. "
             f"Add one with liger_patch.register(liger_patch.Arch(model_type={model_type!r}, norm=..., mlp=..., rope=..., head=...))"
         )
     return _entries[model_type]

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from ._errors import PatchError
+
 RECORD = "_liger_patch"  # where a patched model notes its swaps
 
 
@@ -30,12 +32,15 @@ class Swap:
         self.slot = _slot(module, self.slot_name)
         # A tuple tells "nothing stood here" from "None stood here", and survives copies, where a sentinel would not.
         self.before: tuple[Any, ...] = (module.__dict__[self.slot],) if self.slot in module.__dict__ else ()
+        # It takes the place of an earlier one of ours, so that what is put back is the original.
+        if (earlier := installed(module, self.slot_name)) is not None:
+            self.slot, self.before = earlier.slot, earlier.before
 
     def install(self) -> None:
-        self.module.__dict__[self.slot] = self
+        self.module.__dict__[_slot(self.module, self.slot_name)] = self
 
     def remove(self) -> None:
-        """Put back what stood here. The caller has made sure that the swap is still `current`."""
+        """Put back what stood here. The caller has made sure that the swap is not `wrapped`."""
         slot = _slot(self.module, self.slot_name)
         if self.before:
             self.module.__dict__[slot] = self.before[0]
@@ -91,6 +96,17 @@ class Forward(Swap):
         return inspect.signature(MethodType(type(self.module).forward, self.module))
 
 
+class Alone(Swap):
+    """Stops `nn.DataParallel`: a replica shares its module's swaps, which run that module and not the replica."""
+
+    __slots__ = ()
+
+    slot_name = "_replicate_for_data_parallel"
+
+    def __call__(self) -> Any:
+        raise PatchError("nn.DataParallel makes replicas, which a patched model does not support: use DistributedDataParallel, or revert")
+
+
 def installed(module: nn.Module, slot_name: str) -> Swap | None:
     """The swap that a module calls in this slot, if it is one of ours."""
     value = module.__dict__.get(_slot(module, slot_name))
@@ -99,10 +115,13 @@ def installed(module: nn.Module, slot_name: str) -> Swap | None:
     return value if isinstance(value, Swap) else None
 
 
+SLOTS = ("forward", "_loss_function", Alone.slot_name)
+
+
 def swaps(root: nn.Module) -> Iterator[Swap]:
     """Every swap in a model that is its module's own."""
     for module in root.modules():
-        for slot_name in ("forward", "_loss_function"):
+        for slot_name in SLOTS:
             swap = installed(module, slot_name)
             if swap is not None and swap.module is module:
                 yield swap
@@ -111,6 +130,8 @@ def swaps(root: nn.Module) -> Iterator[Swap]:
 def install(root: nn.Module, new: Iterable[Swap]) -> None:
     """Install swaps, and note on the model which it has: a wrapper around one of them would hide it from a search."""
     new = tuple(new)
+    if new and installed(root, Alone.slot_name) is None:
+        new = (*new, Alone(root))
     for swap in new:
         swap.install()
     if new:

@@ -43,7 +43,7 @@ def verify(model: nn.Module, **which: bool) -> Report:
     Examples:
         >>> print(liger_patch.verify(model))  # doctest: +SKIP
     """
-    root, finds = survey(model, which, verify=False)
+    root, finds = survey("verify", model, which, verify=False)
     outcomes: dict[Any, str] = {}
     for i, f in enumerate(finds):
         if f.row.status in (PLANNED, ALREADY):

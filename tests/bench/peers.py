@@ -59,6 +59,7 @@ def _liger_kernel(name: str) -> Callable[..., Any] | None:
 
 def providers(name: str) -> Providers:
     """Every implementation of `name` there is here, ours first."""
+    torch._dynamo.reset()  # each shape compiled for itself
     eager, native = _plain(name)
-    found = {"liger_fn": getattr(liger_fn, name), "eager": eager, "compile": torch.compile(eager), "native": native}
+    found = {"liger_fn": getattr(liger_fn, name), "eager": eager, "compile": torch.compile(eager, dynamic=False), "native": native}
     return {k: f for k, f in (found | {"liger-kernel": _liger_kernel(name)}).items() if f is not None}

@@ -90,7 +90,7 @@ def test_host_cost_of_rms_norm(benchmark: Any, record: Callable[..., None], prov
     """A tiny norm, forward and backward, on which the device never falls behind: what a call costs the host."""
     fn = peers.providers("rms_norm").get(provider) or pytest.skip(f"{provider} is not installed")
     x, w, dy = _randn(8, 256), _randn(256), _randn(8, 256, grad=False)
-    benchmark.pedantic(lambda: fn(x, w).backward(dy), rounds=10, iterations=200, warmup_rounds=1)
+    benchmark.pedantic(lambda: fn(x, w).backward(dy), rounds=40, iterations=50, warmup_rounds=2)
     record(op="rms_norm host", shape="8x256", provider=provider, us=benchmark.stats.stats.min * 1e6, floor_us=None, mib=None)
 
 

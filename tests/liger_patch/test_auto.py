@@ -141,6 +141,52 @@ def test_something_that_is_no_transformers_model():
         liger_patch.auto(nn.Linear(2, 2))
 
 
+def in_a_block(model, **which):
+    with liger_patch.patched(model, **which):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("who", "call"),
+    [("auto", liger_patch.auto), ("plan", liger_patch.plan), ("verify", liger_patch.verify), ("patched", in_a_block)],
+)
+def test_an_error_names_the_function_that_was_called(who, call):
+    model = llama()
+    with pytest.raises(TypeError, match=rf"^{who}: unknown operation 'ropes'"):
+        call(model, ropes=False)
+    with pytest.raises(TypeError, match=rf"^{who}: rope must be True or False, got 1"):
+        call(model, rope=1)
+    with pytest.raises(PatchError, match=rf"^{who}: Linear holds no"):
+        call(nn.Linear(2, 2))
+    with pytest.raises(PatchError, match=r"^revert: Linear holds no"):
+        liger_patch.revert(nn.Linear(2, 2))
+    model.config.model_type = "unheard-of"
+    with pytest.raises(PatchError, match=rf"^{who}: no entry for model type 'unheard-of'"):
+        call(model)
+    broken = llama(hidden_act="gelu")
+    if who != "plan":
+        with pytest.raises(PatchError, match=rf"^{who}: LlamaForCausalLM is not what"):
+            call(broken)
+
+
+def test_several_models_in_one_wrapper_are_refused_by_name():
+    pair = nn.ModuleDict({"student": llama(), "teacher": llama()})
+    before = dicts(pair)
+    for who in ("auto", "plan", "verify", "revert"):
+        match = rf"^{who}: .* several .*: student \(LlamaForCausalLM\), teacher \(LlamaForCausalLM\)\. Pass the one"
+        with pytest.raises(PatchError, match=match):
+            getattr(liger_patch, who)(pair)
+    assert dicts(pair) == before
+    assert {row.status for row in liger_patch.auto(pair["student"])} == {"patched"}
+
+
+def test_a_wrapper_that_holds_a_part_of_its_model_too():
+    model = llama()
+    wrapper = nn.ModuleDict({"body": model.model, "whole": model, "again": model})
+    assert liger_patch.auto(wrapper).model_class == "LlamaForCausalLM"
+    assert {row.status for row in liger_patch.plan(model)} == {"already"}
+
+
 def test_plan_changes_nothing():
     model = llama()
     before = dicts(model)

@@ -73,6 +73,56 @@ def test_the_context_manager_keeps_what_was_patched_before():
     assert {row.op for row in liger_patch.plan(model).where("planned")} == {"rope", "cross_entropy"}
 
 
+def another_layer(model):
+    model.lm_head = torch.nn.Linear(32, 128, bias=False)
+
+
+def resized(model):
+    model.resize_token_embeddings(160)
+
+
+@pytest.mark.parametrize("change", [another_layer, resized])
+def test_revert_after_the_head_was_exchanged_and_patched_again(change):
+    model, ids = llama(), tokens()
+    liger_patch.auto(model)
+    old = model.lm_head
+    for _ in range(2):
+        change(model)
+        report = liger_patch.auto(model)
+        assert {row.op for row in report.where("patched")} <= {"linear_cross_entropy"}
+        assert not isinstance(model(ids, labels=ids).logits, torch.Tensor)
+    liger_patch.revert(model)
+    assert all(name not in module.__dict__ for module in (*model.modules(), old) for name in ("forward", "_loss_function", "_liger_patch"))
+    assert isinstance(model(ids, labels=ids).logits, torch.Tensor)
+
+
+def test_a_swap_under_an_accelerate_hook_is_replaced_and_undone():
+    """The hook keeps what it wraps in a slot of its own; a new swap goes there, and the hook must find a forward there in the end."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, ids = llama(), tokens()
+    expected = model(ids).logits
+    liger_patch.auto(model)
+    hooks.add_hook_to_module(model, hooks.ModelHook())
+    weight = model.lm_head.weight
+    another_layer(model)
+    model.lm_head.weight = weight
+    liger_patch.auto(model)
+    assert not isinstance(model(ids, labels=ids).logits, torch.Tensor)
+    liger_patch.revert(model)
+    assert not hasattr(model._old_forward, "slot")
+    torch.testing.assert_close(model(ids, labels=ids).logits, expected)
+    hooks.remove_hook_from_module(model)
+    torch.testing.assert_close(model(ids).logits, expected)
+
+
+def test_replicas_are_refused():
+    model = patched_llama()
+    with pytest.raises(PatchError, match=r"nn\.DataParallel makes replicas.*DistributedDataParallel"):
+        model._replicate_for_data_parallel()
+    liger_patch.revert(model)
+    model._replicate_for_data_parallel()
+
+
 def test_a_wrapper_around_a_patched_forward_stops_revert():
     model = patched_llama()
     mlp = model.model.layers[1].mlp

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils import _pytree
+from transformers import LlamaForCausalLM
 
 import liger_patch
 
@@ -237,6 +238,44 @@ def test_a_model_that_asks_for_another_loss_than_its_caller(pair):
     edited = ids.masked_fill(ids > 64, -100)
     got = ours.loss_function(ours(ids, labels=ids).logits, edited, VOCAB)
     torch.testing.assert_close(got, stock(ids, labels=edited).loss, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("inner", [3, torch.tensor(3), None], ids=str)
+@pytest.mark.parametrize("outer", [5, torch.tensor(5), None], ids=str)
+def test_a_model_that_counts_its_items_itself(inner, outer, pair):
+    """A forward that passes another number of items to its loss than its caller gave it."""
+
+    class Counting(LlamaForCausalLM):
+        def forward(self, *args, labels=None, num_items_in_batch=None, **kwargs):
+            output = super().forward(*args, labels=labels, num_items_in_batch=num_items_in_batch, **kwargs)
+            output.loss = self.loss_function(output.logits, labels, VOCAB, num_items_in_batch=inner)
+            return output
+
+    for model in pair:
+        liger_patch.revert(model)
+        model.__class__ = Counting
+    liger_patch.auto(pair[1], verify=False)
+    check(pair, tokens(), labels=tokens(), num_items_in_batch=outer)
+
+
+def test_what_logits_are_is_known_without_computing_them(pair):
+    ids = tokens()
+    for dtype in (None, torch.bfloat16, torch.float16):
+        for model in pair:
+            model.lm_head.weight.grad = None
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            expected, got = (model(ids, labels=ids).logits for model in pair)
+        for want, have in ((expected, got), (expected.float(), got.float())):
+            for name in ("dtype", "requires_grad", "device", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "ndim"):
+                assert getattr(have, name) == getattr(want, name), name
+            for name in ("element_size", "is_floating_point", "is_complex", "numel", "dim", "size"):
+                assert getattr(have, name)() == getattr(want, name)(), name
+            assert not hasattr(have, "ds_id")
+            assert not hasattr(have, "keys")
+            assert not have.source.touched
+    with torch.no_grad():
+        expected, got = (model(ids, labels=ids).logits for model in pair)
+    assert got.requires_grad is expected.requires_grad is False
 
 
 def test_an_error_in_forward_leaves_no_labels_behind(pair):
