@@ -51,16 +51,22 @@ def record() -> Iterator[list[Launch]]:
         _recorded = before
 
 
+@cache
+def _module(kind: str) -> Any:
+    """`torch.cuda`, `torch.xpu`, …"""
+    return torch.get_device_module(kind)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any) -> None:
     """Run `kernel[grid](*args, **meta)` on `device`, which need not be the current one. An empty grid launches nothing."""
     if 0 in grid:
         return
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, meta))
-    elif device.type == "cpu" or device.index == torch.accelerator.current_device_index():
+    elif device.type == "cpu" or device.index == _module(device.type).current_device():
         kernel[grid](*args, **meta)
     else:
-        with torch.get_device_module(device.type).device(device):
+        with _module(device.type).device(device):
             kernel[grid](*args, **meta)
 
 
@@ -69,7 +75,7 @@ def processors(device: torch.device) -> int:
     """Multiprocessors of `device`; a fixed number where there is none to ask, so that the interpreter walks the same loops."""
     if device.type in ("cpu", "meta"):
         return 4
-    properties = torch.get_device_module(device.type).get_device_properties(device)
+    properties = _module(device.type).get_device_properties(device)
     return int(getattr(properties, "multi_processor_count", 0) or properties.gpu_eu_count)
 
 

@@ -47,7 +47,7 @@ class Source:
         self.head, self.hidden_states, self.weight, self.bias, self.request = head, hidden_states, weight, bias, request
         self.vocab_size = weight.shape[0]
         kind = hidden_states.device.type
-        on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        on = _has_autocast(kind) and torch.is_autocast_enabled(kind)
         self.autocast = (kind, torch.get_autocast_dtype(kind)) if on else None
         # Autocast leaves fp64 alone.
         self.dtype = self.autocast[1] if self.autocast and hidden_states.dtype is not torch.float64 else hidden_states.dtype
@@ -79,7 +79,7 @@ class Source:
         if self.autocast:
             return torch.autocast(*self.autocast)
         kind = self.hidden_states.device.type
-        return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+        return torch.autocast(kind, enabled=False) if _has_autocast(kind) else nullcontext()
 
     def _compute(self) -> Tensor:
         if self.version is not None and self.weight._version != self.version:
@@ -92,6 +92,11 @@ class Source:
         if _is_whole(self.weight):
             return F.linear(self.hidden_states, self.weight, self.bias)
         return self.head.logits(self.hidden_states)
+
+
+def _has_autocast(kind: str) -> bool:
+    """Whether autocast knows this type of device. (`torch.amp.is_autocast_available` would say, but torch 2.11 cannot trace it.)"""
+    return kind != "meta"
 
 
 @dataclass(eq=False, repr=False)

@@ -57,9 +57,15 @@ def _liger_kernel(name: str) -> Callable[..., Any] | None:
     }[name]
 
 
-def providers(name: str) -> Providers:
-    """Every implementation of `name` there is here, ours first."""
-    torch._dynamo.reset()  # each shape compiled for itself
+def uncompiled(name: str) -> Providers:
+    """Every implementation of `name` there is here but the compiled one, ours first."""
     eager, native = _plain(name)
-    found = {"liger_fn": getattr(liger_fn, name), "eager": eager, "compile": torch.compile(eager, dynamic=False), "native": native}
-    return {k: f for k, f in (found | {"liger-kernel": _liger_kernel(name)}).items() if f is not None}
+    found = {"liger_fn": getattr(liger_fn, name), "eager": eager, "native": native, "liger-kernel": _liger_kernel(name)}
+    return {k: f for k, f in found.items() if f is not None}
+
+
+def providers(name: str) -> Providers:
+    """The same, and eager code compiled, each shape for itself."""
+    torch._dynamo.reset()
+    found = uncompiled(name)
+    return found | {"compile": torch.compile(found["eager"], dynamic=False)}
