@@ -85,7 +85,7 @@ class Op(Generic[P, R]):
             raise NotImplementedError(
                 f"{self.name}: has no forward-mode derivative; call liger_fn.{self.name}.reference, which is plain PyTorch"
             )
-        graded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in flat[: self.diff])
+        graded = torch.is_grad_enabled() and self._differentiated(flat)
         if self.composes(flat[: self.tensors]):
             return cast(R, self.composable.call(backend, graded, *flat))
         if graded:
@@ -153,12 +153,18 @@ class Op(Generic[P, R]):
                 return self._pairs[backend].bwd(residuals, dy, needs=needs, donate=donate)
         return self._pairs[backend].bwd(residuals, dy, needs=needs, donate=donate)
 
+    def _differentiated(self, flat: Args) -> bool:
+        for t in flat[: self.diff]:  # noqa: SIM110  a loop: this is every call's host time
+            if t is not None and t.requires_grad:
+                return True
+        return False
+
     @staticmethod
     def composes(tensors: Any) -> bool:
         """Must this call be made of operators that others can see: compilers, transforms, dispatch modes, tensor subclasses?"""
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0:
             return True
-        for t in tensors:  # noqa: SIM110  a loop: this is every call's host time
+        for t in tensors:  # noqa: SIM110
             if type(t) not in _PLAIN and t is not None:
                 return True
         return False
@@ -218,11 +224,13 @@ def _lean(op: Op[..., Any]) -> type[Function]:
         needs = ctx.needs_input_grad[1 : 1 + diff]
         run = op.composable.bwd if op.composes(dy) or _batched(dy) else op.run_bwd
         # What fwd computed is freed once this returns, unless the graph is kept for another backward.
-        donate = not keep_graph()
-        with torch.no_grad():
-            grads = run(backend, res, dy[0] if op.n_out == 1 else dy, needs, donate)
+        rest = backend, res, dy[0] if op.n_out == 1 else dy, needs, not keep_graph()
         if torch.is_grad_enabled():
+            with torch.no_grad():
+                grads = run(*rest)
             grads = refuse.apply(diff, *grads, *dy, *tensors)
+        else:
+            grads = run(*rest)
         return (None, *grads, *no_more)
 
     return type(op.name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})

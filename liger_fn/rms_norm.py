@@ -142,12 +142,14 @@ def _tile(h: int) -> _Tile:
 
 def _outputs(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str, needs: Needs) -> tuple[Tensor, Tensor]:
     dtype = x.dtype if weight is None or cast == "gemma" else torch.promote_types(x.dtype, weight.dtype)
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(prod(x.shape[:-1]), dtype=_check.wide_dtype(x))
+    y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    return y, x.new_empty(prod(x.shape[:-1]), dtype=_check.wide_dtype(x))
 
 
 def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
     x, weight = res.x, res.weight
-    return x.new_empty(x.shape) if needs[0] else None, torch.empty_like(weight) if needs[1] and weight is not None else None
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
+    return dx, torch.empty_like(weight) if needs[1] and weight is not None else None
 
 
 def _fwd(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str, needs: Needs) -> tuple[Tensor, Residuals]:
