@@ -68,3 +68,10 @@ def test_losses_are_the_functions(device: torch.device, reduction: str) -> None:
     assert torch.equal(ours, liger_fn.linear_cross_entropy(x, w, target, b, **held))
     logits = x @ w.T + b
     assert torch.equal(liger_nn.CrossEntropyLoss(**held)(logits, target), liger_fn.cross_entropy(logits, target, **held))
+
+
+def test_loss_hands_on_its_memory_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    monkeypatch.setattr(liger_fn, "linear_cross_entropy", lambda *args, **options: seen.update(options))
+    liger_nn.LinearCrossEntropyLoss(memory_budget=4096)(torch.ones(3, 2), torch.ones(1, 2), torch.zeros(1, dtype=torch.int64))
+    assert seen["memory_budget"] == 4096
