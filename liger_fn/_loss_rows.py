@@ -59,7 +59,7 @@ class Valid(NamedTuple):
 def _valid(target: Tensor, ignore_index: int, v: int) -> Valid:
     counted = target != ignore_index
     wrong = counted & ((target < 0) | (target >= v))
-    return Valid(counted, wrong, target.long().clamp(0, v - 1))
+    return Valid(counted, wrong, target.clamp(0, v - 1))
 
 
 def losses(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
