@@ -38,6 +38,9 @@ Args = tuple[Any, ...]
 
 _PLAIN = (Tensor, nn.Parameter)
 _BATCHED = torch._C._dispatch_key_parse("Batched")
+# Names of their own: what every call looks up through two modules, backward's thread has to fetch from forward's core.
+_is_compiling, _transforming = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active
+_modes, _keys, _grad_enabled = torch._C._len_torch_dispatch_stack, torch._C._dispatch_keys, torch.is_grad_enabled
 
 
 class Pair(NamedTuple):
@@ -85,7 +88,7 @@ class Op(Generic[P, R]):
             raise NotImplementedError(
                 f"{self.name}: has no forward-mode derivative; call liger_fn.{self.name}.reference, which is plain PyTorch"
             )
-        graded = torch.is_grad_enabled() and self._differentiated(flat)
+        graded = _grad_enabled() and self._differentiated(flat)
         if self.composes(flat[: self.tensors]):
             return cast(R, self.composable.call(backend, graded, *flat))
         if graded:
@@ -162,7 +165,7 @@ class Op(Generic[P, R]):
     @staticmethod
     def composes(tensors: Any) -> bool:
         """Must this call be made of operators that others can see: compilers, transforms, dispatch modes, tensor subclasses?"""
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0:
+        if _is_compiling() or _transforming() or _modes() > 0:
             return True
         for t in tensors:  # noqa: SIM110
             if type(t) not in _PLAIN and t is not None:
@@ -225,7 +228,7 @@ def _lean(op: Op[..., Any]) -> type[Function]:
         run = op.composable.bwd if op.composes(dy) or _batched(dy) else op.run_bwd
         # What fwd computed is freed once this returns, unless the graph is kept for another backward.
         rest = backend, res, dy[0] if op.n_out == 1 else dy, needs, not keep_graph()
-        if torch.is_grad_enabled():
+        if _grad_enabled():
             with torch.no_grad():
                 grads = run(*rest)
             grads = refuse.apply(diff, *grads, *dy, *tensors)
@@ -242,7 +245,10 @@ def _tangent(t: Tensor | None) -> bool:
 
 def _batched(dy: Args) -> bool:
     """Is an eager graph walked with several cotangents at once (`is_grads_batched`, vectorized jacobians)?"""
-    return any(torch._C._dispatch_keys(d).has(_BATCHED) for d in dy)
+    for d in dy:  # noqa: SIM110
+        if _keys(d).has(_BATCHED):
+            return True
+    return False
 
 
 def _refuse(name: str) -> type[Function]:
