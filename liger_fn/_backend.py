@@ -7,9 +7,10 @@ kernels keep their statistics in fp32. Autograd runs a backward on the backend t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from functools import wraps
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from ._launch import HAS_TRITON, INTERPRETED
 
 Backend = Literal["triton", "interpreter", "reference"]
+R = TypeVar("R")
 
 _GPU = ("cuda", "xpu")  # ROCm tensors say "cuda"
 _forced: Backend | None = None
@@ -75,6 +77,16 @@ def autocasts(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def without_autocast(device: str) -> Any:
-    """A context in which an op's own PyTorch calls keep the dtypes they are written in, whatever autocast is active around the op."""
-    return torch.autocast(device, enabled=False)
+def in_own_dtypes(fn: Callable[..., R]) -> Callable[..., R]:
+    """`fn`, whose PyTorch calls keep the dtypes they are written in, whatever autocast is active around it."""
+
+    @wraps(fn)
+    def run(*args: Any, **kwargs: Any) -> R:
+        first = args[0] if isinstance(args[0], Tensor) else next(t for t in args[0] if isinstance(t, Tensor))  # x, or residuals
+        device = first.device.type
+        if not autocasts(device):
+            return fn(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return fn(*args, **kwargs)
+
+    return run

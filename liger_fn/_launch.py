@@ -58,7 +58,6 @@ def _module(kind: str) -> Any:
 
 
 _ready: dict[tuple[Any, ...], tuple[Callable[..., None], tuple[Any, ...]]] = {}
-_NVIDIA = torch.version.cuda is not None  # elsewhere Triton compiles by more than the alignment of a pointer
 _READY_AT_MOST = 4096
 
 
@@ -82,7 +81,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
 
 def _launch(kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
     """A launch seen before goes to the compiled kernel directly: half the host time of asking Triton which one it is."""
-    if not _NVIDIA:
+    if not NVIDIA:  # elsewhere Triton compiles by more than the alignment of a pointer
         kernel[grid](*args, **meta)
         return
     key = [id(kernel), device, grid, *meta.values()]  # a kernel lives as long as what it was compiled to
@@ -121,12 +120,18 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+NVIDIA = not torch.version.hip and not torch.version.xpu
 MAX_WARPS = 16 if torch.version.hip else 32  # 1024 threads a block, of 64 or 32 to the warp
 
 
 def warps(tile: int, per_warp: int = 512, least: int = 1) -> int:
     """Warps for a program that holds `tile` elements, `per_warp` elements each, between `least` and what a block may have."""
     return max(least, min(MAX_WARPS, tile // per_warp))
+
+
+def registers(most: int | None) -> dict[str, int]:
+    """The launch option that holds a thread to `most` registers, so that more programs fit a multiprocessor; NVIDIA only has it."""
+    return {"maxnreg": most} if NVIDIA and most is not None else {}
 
 
 def as_rows(x: Tensor) -> Tensor:

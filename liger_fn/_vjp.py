@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 
-from ._backend import Backend, autocasts, choose, without_autocast
+from ._backend import Backend, choose, in_own_dtypes
 from ._composable import Composable, is_tensor, refusal
 
 P = ParamSpec("P")
@@ -37,10 +37,10 @@ Needs = tuple[bool, ...]
 Args = tuple[Any, ...]
 
 _PLAIN = (Tensor, nn.Parameter)
-_BATCHED = torch._C._dispatch_key_parse("Batched")
+_VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
 # Names of their own: what every call looks up through two modules, backward's thread has to fetch from forward's core.
 _is_compiling, _transforming = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active
-_modes, _keys, _grad_enabled = torch._C._len_torch_dispatch_stack, torch._C._dispatch_keys, torch.is_grad_enabled
+_modes, _active, _grad_enabled = torch._C._len_torch_dispatch_stack, torch._C._dispatch_tls_is_dispatch_key_included, torch.is_grad_enabled
 
 
 class Pair(NamedTuple):
@@ -141,19 +141,11 @@ class Op(Generic[P, R]):
         return cast(R, self._reference(*self._arguments(*args, **kwargs)))
 
     def run_fwd(self, backend: Backend, flat: Args, needs: Needs) -> tuple[Any, Any]:
-        """The pair's forward on `backend`, in the dtypes it is written in whatever autocast is active."""
-        device = flat[0].device.type
-        if autocasts(device):
-            with without_autocast(device):
-                return self._pairs[backend].fwd(*flat, needs=needs)
+        """The pair's forward on `backend`."""
         return self._pairs[backend].fwd(*flat, needs=needs)
 
     def run_bwd(self, backend: Backend, residuals: Any, dy: Any, needs: Needs, donate: bool) -> tuple[Tensor | None, ...]:
         """The pair's backward, likewise."""
-        device = (dy if self.n_out == 1 else dy[0]).device.type
-        if autocasts(device):
-            with without_autocast(device):
-                return self._pairs[backend].bwd(residuals, dy, needs=needs, donate=donate)
         return self._pairs[backend].bwd(residuals, dy, needs=needs, donate=donate)
 
     def _differentiated(self, flat: Args) -> bool:
@@ -195,12 +187,13 @@ def custom_vjp(
 
     Args:
         residuals: the NamedTuple that fwd hands to bwd.
-        kernels: (fwd, bwd) over Triton kernels. plain: the same pair in plain PyTorch.
+        kernels: (fwd, bwd) over Triton kernels; `in_own_dtypes` where they call PyTorch too. plain: the same pair in plain PyTorch.
         reference, outputs, gradients: see the module's text.
         cotangents: the shape of each output, from the residuals; None for a length that they do not tell.
         diff: how many arguments are differentiable; they come first. n_out: how many outputs there are.
     """
-    pairs: dict[Backend, Pair] = {"triton": Pair(*kernels), "interpreter": Pair(*kernels), "reference": Pair(*plain)}
+    kernel, torchs = Pair(*kernels), Pair(*map(in_own_dtypes, plain))
+    pairs: dict[Backend, Pair] = {"triton": kernel, "interpreter": kernel, "reference": torchs}
 
     def wrap(arguments: Callable[P, Args]) -> Op[P, Any]:
         return Op(arguments, residuals, pairs, reference, outputs, gradients, cotangents, diff, n_out)
@@ -225,7 +218,9 @@ def _lean(op: Op[..., Any]) -> type[Function]:
         tensors = ctx.saved_tensors  # unpacked once: checkpointing makes them anew at each reading
         res = residuals(*tensors, *options)
         needs = ctx.needs_input_grad[1 : 1 + diff]
-        run = op.composable.bwd if op.composes(dy) or _batched(dy) else op.run_bwd
+        run = (
+            op.composable.bwd if op.composes(dy) or _active(_VMAP_MODE) else op.run_bwd
+        )  # or the graph is walked with many cotangents at once
         # What fwd computed is freed once this returns, unless the graph is kept for another backward.
         rest = backend, res, dy[0] if op.n_out == 1 else dy, needs, not keep_graph()
         if _grad_enabled():
@@ -241,14 +236,6 @@ def _lean(op: Op[..., Any]) -> type[Function]:
 
 def _tangent(t: Tensor | None) -> bool:
     return t is not None and forward_ad.unpack_dual(t).tangent is not None
-
-
-def _batched(dy: Args) -> bool:
-    """Is an eager graph walked with several cotangents at once (`is_grads_batched`, vectorized jacobians)?"""
-    for d in dy:  # noqa: SIM110
-        if _keys(d).has(_BATCHED):
-            return True
-    return False
 
 
 def _refuse(name: str) -> type[Function]:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check
+from ._backend import in_own_dtypes
 from ._check import wide
 from ._launch import cdiv, jit, launch, tl
 from ._loss_rows import Rows, check_targets, kernel_rows, losses, plain_rows, reduced, valid_rows
@@ -236,7 +237,7 @@ _PLAIN = _Parts(plain_rows, _plain_scale)
 
 @custom_vjp(
     residuals=Residuals,
-    kernels=(partial(_fwd, parts=_KERNELS), partial(_bwd, parts=_KERNELS)),
+    kernels=(in_own_dtypes(partial(_fwd, parts=_KERNELS)), in_own_dtypes(partial(_bwd, parts=_KERNELS))),
     plain=(partial(_fwd, parts=_PLAIN), partial(_bwd, parts=_PLAIN)),
     reference=_reference,
     outputs=_outputs,

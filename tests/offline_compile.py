@@ -108,11 +108,12 @@ def jobs() -> dict[str, dict[str, Job]]:
 
 def as_on_amd(table: Table, case: Case, dtype: torch.dtype) -> list[_launch.Launch]:
     """The same launches on a GPU whose warps are 64 wide, of which a block has at most 16."""
-    here, _launch.MAX_WARPS = _launch.MAX_WARPS, 16
+    here = _launch.MAX_WARPS, _launch.NVIDIA
+    _launch.MAX_WARPS, _launch.NVIDIA = 16, False
     try:
         return launches(table, case, dtype)
     finally:
-        _launch.MAX_WARPS = here
+        _launch.MAX_WARPS, _launch.NVIDIA = here
 
 
 def compile_for(one: Job, target: str) -> Usage:

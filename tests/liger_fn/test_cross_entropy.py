@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import liger_fn
 from tests import cases
@@ -126,3 +127,20 @@ def test_narrow_targets_do_not_wrap(backend: str, dtype: torch.dtype, device: to
     want = liger_fn.cross_entropy(logits, target, reduction="none")
     assert bool((want > 0).all())
     assert torch.equal(liger_fn.cross_entropy(logits, target.to(dtype), reduction="none"), want)
+
+
+@pytest.mark.parametrize("confidence", [8.0, 16.0, 24.0, 60.0])
+def test_a_confident_row_keeps_its_gradient(backend: str, confidence: float, device: torch.device) -> None:
+    """p_y − 1 in fp32 would keep no digit once the others' share is below 6e-8."""
+    logits = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([0, 999, 512, 7])
+    logits[torch.arange(4), target] += confidence
+
+    def grad(fn: Any, dtype: torch.dtype) -> Tensor:
+        leaf = logits.to(device, dtype).requires_grad_()
+        fn(leaf, target.to(device)).backward()
+        assert leaf.grad is not None
+        return leaf.grad[torch.arange(4), target].double()
+
+    others = torch.softmax(logits.double(), -1).scatter(-1, target[:, None], 0.0).sum(-1).to(device)
+    torch.testing.assert_close(grad(liger_fn.cross_entropy, torch.float32), -others / 4, rtol=2e-6, atol=0.0)
