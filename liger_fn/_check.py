@@ -25,7 +25,9 @@ def floating(op: str, **tensors: Tensor) -> None:
 
 def optional(op: str, **tensors: Tensor | None) -> None:
     """Each is None, or a tensor of a float dtype that the kernels take."""
-    floating(op, **{name: t for name, t in tensors.items() if t is not None})
+    for name, t in tensors.items():
+        if t is not None:
+            floating(op, **{name: t})
 
 
 def same_device(op: str, x: Tensor, **others: Tensor | None) -> None:
@@ -39,7 +41,7 @@ def same_device(op: str, x: Tensor, **others: Tensor | None) -> None:
 
 def shape(op: str, name: str, t: Tensor, want: tuple[int, ...], why: str) -> None:
     """`t` has exactly the shape `want`."""
-    if tuple(t.shape) != tuple(want):
+    if t.shape != want:
         raise ValueError(f"{op}: {name} must have shape {list(want)} ({why}), got {list(t.shape)}")
 
 

@@ -206,17 +206,18 @@ def _lean(op: Op[..., Any]) -> type[Function]:
     diff, saved, residuals = op.diff, op.saved, op.residuals
     keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
     refuse = _refuse(op.name)
+    no_more = (None,) * (len(op.hints) - diff)
 
     def forward(ctx: Any, backend: Backend, *flat: Any) -> Any:
         y, res = op.run_fwd(backend, flat, ctx.needs_input_grad[1 : 1 + diff])
         ctx.save_for_backward(*res[:saved])
-        ctx.rest = backend, res[saved:], (None,) * (len(flat) - diff)
+        ctx.rest = backend, res[saved:]
         return y
 
     def backward(ctx: Any, *dy: Tensor) -> Args:
-        backend, options, no_more = ctx.rest
+        backend, options = ctx.rest
         tensors = ctx.saved_tensors  # unpacked once: checkpointing makes them anew at each reading
-        res = residuals(*tensors, *options)
+        res = tuple.__new__(residuals, tensors + options)
         needs = ctx.needs_input_grad[1 : 1 + diff]
         run = (
             op.composable.bwd if op.composes(dy) or _active(_VMAP_MODE) else op.run_bwd

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,27 +12,48 @@ import liger_fn
 from liger_fn import _launch
 
 
+class _Compiled:
+    """Stands for a CompiledKernel: keeps what came through Triton's own launcher, and what went around it."""
+
+    function, packed_metadata = "function", "packed"
+
+    def __init__(self) -> None:
+        self.hooked: list[tuple[Any, ...]] = []
+        self.direct: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        return lambda *args: self.hooked.append((grid, *args))
+
+    def run(self, *args: Any) -> None:
+        self.direct.append(args)
+
+
 class _Kernel:
-    """Stands for a JITFunction: keeps what Triton was asked to launch, and what went to the compiled kernel directly."""
+    """Stands for a JITFunction: keeps what Triton was asked to launch."""
 
     arg_names = ("x_ptr", "y_ptr", "N", "BLOCK")
 
     def __init__(self) -> None:
         self.asked: list[tuple[Any, ...]] = []
-        self.direct: list[tuple[Any, ...]] = []
+        self.compiled = _Compiled()
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def run(*args: Any, **meta: Any) -> Any:
             self.asked.append((grid, args, meta))
-            return {(*grid, 1, 1)[:3]: lambda *all_args: self.direct.append(all_args)}
+            return self.compiled
 
         return run
+
+
+HOOKS = SimpleNamespace(calls=[]), SimpleNamespace(calls=[])
 
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> _Kernel:
     monkeypatch.setattr(_launch, "NVIDIA", True)
     monkeypatch.setattr(_launch, "_ready", {})
+    monkeypatch.setattr(_launch, "_HOOKS", HOOKS)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: f"stream of {device}", raising=False)
     return _Kernel()
 
 
@@ -50,7 +72,25 @@ def test_the_second_launch_is_direct_with_its_own_tensors(kernel: _Kernel) -> No
     _go(kernel)
     _go(kernel, x=other)
     assert len(kernel.asked) == 1
-    assert kernel.direct == [(other, None, 64, 32)]  # every parameter in order, constexprs last, launch options left out
+    # the driver's launcher takes the grid, stream, function, metadata, no hooks, then every parameter in order; no launch options
+    want = (2, 1, 1, "stream of 0", "function", "packed", None, None, None, other, None, 64, 32)
+    assert kernel.compiled.direct == [want]
+
+
+def test_who_profiles_sees_every_launch(kernel: _Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    _go(kernel)
+    monkeypatch.setattr(HOOKS[1], "calls", [print])
+    _go(kernel)
+    assert kernel.compiled.hooked == [((2, 1, 1), X, None, 64, 32)]
+    assert kernel.compiled.direct == []
+
+
+def test_a_release_of_triton_that_nobody_tried_keeps_its_launcher(kernel: _Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_launch, "_HOOKS", ())
+    _go(kernel)
+    _go(kernel)
+    assert len(kernel.asked) == 1
+    assert kernel.compiled.hooked == [((2, 1, 1), X, None, 64, 32)]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +107,7 @@ def test_another_specialisation_asks_triton_again(kernel: _Kernel, change: dict[
     asked = len(again["kernel"].asked)
     _go(**again)
     assert len(again["kernel"].asked) == asked + 1
-    assert kernel.direct == []
+    assert kernel.compiled.direct == []
 
 
 def test_shapes_without_end_do_not_fill_memory(kernel: _Kernel) -> None:
