@@ -1,0 +1,151 @@
+"""Cases of the losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from .table import BF16, FP16, FP32, HALVES, Case, Inputs, Maker, Table
+
+# --- cross_entropy ----------------------------------------------------------------------------------------------------------------------
+
+
+def _cross_entropy(*shape: int, every: int = 3, scale: float = 2.0, shift: float = 0.0) -> Callable[[Maker], Inputs]:
+    return lambda m: {
+        "logits": m.normal(*shape, scale=scale, shift=shift),
+        "target": m.targets(*shape[:-1], classes=shape[-1], every=every),
+    }
+
+
+def _logits_where(value: float, *shape: int) -> Callable[[Maker], Inputs]:
+    """Some logits, never the target's, at a special value."""
+
+    def make(m: Maker) -> Inputs:
+        inputs = _cross_entropy(*shape, every=0)(m)
+        logits, target = inputs["logits"], inputs["target"]
+        assert logits is not None
+        assert target is not None
+        special = (torch.arange(shape[-1], device=m.device) + target.clamp(0)[..., None]) % 3 == 1
+        special &= torch.arange(shape[-1], device=m.device) != target[..., None]
+        return {"logits": logits.masked_fill(special, value), "target": target}
+
+    return make
+
+
+REDUCTIONS = ("mean", "sum", "none")
+
+CROSS_ENTROPY = Table(
+    op="cross_entropy",
+    diff=("logits",),
+    rows=(
+        "logits",
+        "target",
+    ),
+    typical=Case("typical", _cross_entropy(2, 5, 63)),
+    sized=lambda n: Case(f"{n}-rows", _cross_entropy(n, 40)),
+    cases=(
+        *(Case(f"1x63-{r}", _cross_entropy(1, 63, every=0), {"reduction": r}, draws=32) for r in REDUCTIONS),
+        *(Case(f"7x1000-{r}", _cross_entropy(7, 1000), {"reduction": r}, dtypes=HALVES, draws=8) for r in REDUCTIONS),
+        *(Case(f"3d-{r}", _cross_entropy(2, 3, 63), {"reduction": r}, draws=8) for r in REDUCTIONS),
+        *(Case(f"no-rows-{r}", _cross_entropy(0, 63), {"reduction": r}) for r in REDUCTIONS),
+        *(Case(f"all-ignored-{r}", _cross_entropy(5, 63, every=1), {"reduction": r}) for r in REDUCTIONS),
+        Case("one-logit-row", _cross_entropy(63, every=0), draws=32),
+        Case("one-class", _cross_entropy(4, 1)),
+        Case("40000-classes", _cross_entropy(2, 40000, every=0), draws=4),
+        Case("64x128", _cross_entropy(64, 128), draws=4),
+        Case("ignore-7", lambda m: {"logits": m.normal(9, 63), "target": m.targets(9, classes=9, every=0)}, {"ignore_index": 7}, draws=8),
+        Case("int32-targets", lambda m: {"logits": m.normal(9, 63), "target": m.targets(9, classes=63).int()}, draws=8),
+    ),
+    hostile=(
+        Case("1e4", _cross_entropy(5, 63, scale=1e4), dtypes=HALVES),
+        Case("shifted", _cross_entropy(5, 63, shift=3e4), {"reduction": "none"}, dtypes=(FP32, FP16)),
+        Case("zero", _cross_entropy(5, 63, scale=0.0), {"reduction": "none"}),
+        Case("minus-infinity", _logits_where(-math.inf, 6, 63), {"reduction": "none"}),
+        Case("nan", _logits_where(math.nan, 6, 63), {"reduction": "none"}),
+        Case("large-cotangent", _cross_entropy(5, 63), {"reduction": "none"}, scale=1e4),
+    ),
+    launches=(
+        Case("8192x128256", _cross_entropy(8192, 128256)),
+        Case("8192x32000", _cross_entropy(8192, 32000)),
+        Case("4096x1000", _cross_entropy(4096, 1000), {"reduction": "none"}),
+    ),
+    on_gpu=(
+        *(Case(f"1000x128256-{r}", _cross_entropy(1000, 128256), {"reduction": r}, draws=4) for r in REDUCTIONS),
+        Case("63x262145", _cross_entropy(63, 262145), {"reduction": "none"}),
+    ),
+    large=Case("large", _cross_entropy(2**31 // 128256 + 3, 128256, every=0), {"reduction": "none"}, dtypes=(BF16,)),
+)
+
+# --- linear_cross_entropy ---------------------------------------------------------------------------------------------------------------
+
+
+def _linear_cross_entropy(
+    *shape: int, v: int, bias: bool = False, every: int = 3, scale: float = 1.0
+) -> Callable[[Maker], Inputs]:  # fmt: skip
+    """Hidden states and a head whose logits have a spread of a few."""
+
+    def make(m: Maker) -> Inputs:
+        h = shape[-1]
+        return {
+            "x": m.normal(*shape, scale=scale),
+            "weight": m.normal(v, h, scale=2 / math.sqrt(h)),
+            "target": m.targets(*shape[:-1], classes=v, every=every),
+            "bias": m.normal(v) if bias else None,
+        }
+
+    return make
+
+
+SMALL_BUDGET = 4 * 100 * 3  # three fp32 rows of a hundred classes: several chunks
+
+LINEAR_CROSS_ENTROPY = Table(
+    op="linear_cross_entropy",
+    diff=("x", "weight", "bias"),
+    autocast=True,
+    rows=(
+        "x",
+        "target",
+    ),
+    typical=Case("typical", _linear_cross_entropy(2, 5, 24, v=63, bias=True), {"reduction": "none", "memory_budget": SMALL_BUDGET}),
+    sized=lambda n: Case(f"{n}-rows", _linear_cross_entropy(n, 24, v=40)),
+    cases=(
+        *(Case(f"1x63-{r}", _linear_cross_entropy(1, 63, v=100, every=0), {"reduction": r}, draws=32) for r in REDUCTIONS),
+        *(Case(f"9x63-{r}", _linear_cross_entropy(9, 63, v=100, bias=True), {"reduction": r}, dtypes=HALVES, draws=8) for r in REDUCTIONS),
+        *(
+            Case(f"chunks-{r}", _linear_cross_entropy(17, 63, v=100, bias=True), {"reduction": r, "memory_budget": SMALL_BUDGET}, draws=8)
+            for r in REDUCTIONS
+        ),
+        *(Case(f"no-rows-{r}", _linear_cross_entropy(0, 63, v=100, bias=True), {"reduction": r}) for r in REDUCTIONS),
+        *(Case(f"all-ignored-{r}", _linear_cross_entropy(5, 24, v=63, every=1, bias=True), {"reduction": r}) for r in REDUCTIONS),
+        Case("one-row-budget", _linear_cross_entropy(5, 24, v=63), {"memory_budget": 1}, draws=8),
+        Case("3d", _linear_cross_entropy(2, 3, 24, v=63), draws=8),
+        Case("vector", _linear_cross_entropy(24, v=63, every=0), draws=32),
+        Case("many-chunks", _linear_cross_entropy(150, 24, v=100), {"memory_budget": SMALL_BUDGET}),
+        Case("1000-classes", _linear_cross_entropy(16, 64, v=1000), draws=4),
+    ),
+    hostile=(
+        Case("1e3", _linear_cross_entropy(5, 24, v=63, scale=1e3), {"reduction": "none"}),
+        Case("zero", _linear_cross_entropy(5, 24, v=63, scale=0.0), {"reduction": "none"}),
+        Case("nan", _linear_cross_entropy(5, 24, v=63, scale=math.nan, every=0), {"reduction": "none"}),
+        Case("large-cotangent", _linear_cross_entropy(5, 24, v=63), {"reduction": "none"}, scale=1e4),
+        Case("large-cotangent-mean", _linear_cross_entropy(5, 24, v=63), scale=1e4, draws=4),
+    ),
+    launches=(
+        Case("8192x4096x128256", _linear_cross_entropy(8192, 4096, v=128256)),
+        Case("16384x2048x32000", _linear_cross_entropy(16384, 2048, v=32000), {"reduction": "none"}),
+    ),
+    on_gpu=(
+        *(Case(f"1000x2048x32000-{r}", _linear_cross_entropy(1000, 2048, v=32000), {"reduction": r}, draws=4) for r in REDUCTIONS),
+        *(
+            Case(
+                f"chunks-4096x1024x50257-{r}",
+                _linear_cross_entropy(4096, 1024, v=50257, bias=True),
+                {"reduction": r, "memory_budget": 2**25},
+            )
+            for r in REDUCTIONS
+        ),
+    ),
+    large=Case("large", _linear_cross_entropy(2**31 // 4096 + 3, 4096, v=1000, every=0), {"reduction": "none"}, dtypes=(BF16,)),
+)
