@@ -4,10 +4,34 @@ Each function is stateless, differentiable, and carries its parts: `op.fwd`, `op
 """
 
 from ._backend import backend, use_backend
+from .add_rms_norm import add_rms_norm
 from .cross_entropy import cross_entropy
-from .glu import swiglu
+from .glu import geglu, reglu, swiglu
+from .glu_packed import geglu_packed, swiglu_packed
+from .layer_norm import layer_norm
 from .linear_cross_entropy import linear_cross_entropy
+from .relu_squared import relu_squared
 from .rms_norm import rms_norm
-from .rope import rope
+from .rope import rope, rope_complex
+from .softmax import softmax
+from .swiglu_mlp import swiglu_mlp
 
-__all__ = ["backend", "cross_entropy", "linear_cross_entropy", "rms_norm", "rope", "swiglu", "use_backend"]
+__all__ = [
+    "add_rms_norm",
+    "backend",
+    "cross_entropy",
+    "geglu",
+    "geglu_packed",
+    "layer_norm",
+    "linear_cross_entropy",
+    "reglu",
+    "relu_squared",
+    "rms_norm",
+    "rope",
+    "rope_complex",
+    "softmax",
+    "swiglu",
+    "swiglu_mlp",
+    "swiglu_packed",
+    "use_backend",
+]

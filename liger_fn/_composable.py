@@ -129,6 +129,8 @@ class Composable:
         def call(backend: str, graded: bool, *flat: Any) -> Any:
             needs = [t is not None and (_tracked(t) if transforms_active() else graded and t.requires_grad) for t in flat[:diff]]
             out = outer.apply(*flat, needs, backend)
+            if op.aux_flag is not None and flat[op.aux_flag]:
+                return out[0], out[n_out + self.computed.index("aux")]
             return out[0] if n_out == 1 else out[:n_out]
 
         return call

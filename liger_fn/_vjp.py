@@ -9,8 +9,11 @@ An op is written as plain functions of flat arguments, tensors first and differe
     gradients(residuals, dy, needs) -> gradients      empty tensors: what bwd returns
 
 `Residuals` is a NamedTuple, tensors first; its fields that carry an argument's name are that argument, the others are computed by fwd.
-`y` and `dy` are tuples where an op has several outputs. `donate` says that nobody will read the computed residuals again.
+`y` and `dy` are tuples where an op has several outputs. An op with an argument `return_aux` computes a residual `aux`, None unless asked
+for, which the call returns beside y, without a derivative. `donate` says that nobody will read the computed residuals again.
 `outputs` and `gradients` allocate for the kernels and tell a compiler what to expect, so that the two cannot disagree.
+
+An op with an argument `donate` may write to its inputs on the first of two paths, and bumps the version of those it writes to.
 
 Two paths lead to the same pair. Plain eager autograd takes one autograd.Function that calls fwd and bwd directly (`_lean`, below): the
 least host time. Whatever has to look inside or around a call (a compiler, a functorch transform, a dispatch mode, a tensor subclass) takes
@@ -64,6 +67,7 @@ class Op(Generic[P, R]):
         cotangents: Callable[[Any], tuple[Any, ...]],
         diff: int,
         n_out: int,
+        aux: Callable[[Args, Any, Tensor], Any] | None,
     ) -> None:
         update_wrapper(self, arguments)
         returns = {1: Tensor, 2: tuple[Tensor, Tensor]}[n_out]
@@ -71,13 +75,15 @@ class Op(Generic[P, R]):
         self.name = arguments.__name__
         self.residuals, self.outputs, self.gradients = residuals, outputs, gradients
         self.cotangents = cotangents
-        self.diff, self.n_out = diff, n_out
+        self.diff, self.n_out, self._aux = diff, n_out, aux
         self._arguments, self._reference, self._pairs = arguments, reference, pairs
 
         self.hints = {k: h for k, h in get_type_hints(reference).items() if k != "return"}
         self.fields = get_type_hints(residuals)
         self.tensors = sum(map(is_tensor, self.hints.values()))
         self.saved = sum(map(is_tensor, self.fields.values()))
+        self._donate = list(self.hints).index("donate") if "donate" in self.hints else None
+        self.aux_flag = list(self.hints).index("return_aux") if aux is not None else None
         self._lean = _lean(self)
         self.composable = Composable(self)
 
@@ -90,18 +96,22 @@ class Op(Generic[P, R]):
             )
         graded = _grad_enabled() and self._differentiated(flat)
         if self.composes(flat[: self.tensors]):
-            return cast(R, self.composable.call(backend, graded, *flat))
-        if graded:
-            return cast(R, self._lean.apply(backend, *flat))
-        return cast(R, self.run_fwd(backend, flat, (False,) * self.diff)[0])
+            out = self.composable.call(backend, graded, *self._kept(flat))
+        elif graded:
+            out = self._lean.apply(backend, *flat)
+        else:
+            out = self.with_aux(flat, *self.run_fwd(backend, flat, (False,) * self.diff))
+        return cast(R, out if self._aux is None else self._finished(flat, out))
 
     def fwd(self, *args: P.args, **kwargs: P.kwargs) -> tuple[R, Any]:
         """`(y, residuals)`: the forward alone, outside autograd. Takes what the function itself takes."""
         with torch.no_grad():
             flat = self._arguments(*args, **kwargs)
             needs = tuple(t is not None for t in flat[: self.diff])
-            run = self.composable.fwd if self.composes(flat[: self.tensors]) else self.run_fwd
-            return cast(tuple[R, Any], run(choose(flat[0], self.name), flat, needs))
+            composes = self.composes(flat[: self.tensors])
+            flat, run = (self._kept(flat), self.composable.fwd) if composes else (flat, self.run_fwd)
+            y, residuals = run(choose(flat[0], self.name), flat, needs)
+            return cast(R, y if self._aux is None else self._finished(flat, self.with_aux(flat, y, residuals))), residuals
 
     def bwd(self, residuals: Any, dy: Any, *, needs: Needs | None = None, donate: bool = False) -> tuple[Tensor | None, ...]:
         """The backward alone, outside autograd.
@@ -138,7 +148,20 @@ class Op(Generic[P, R]):
 
     def reference(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The definition, in plain PyTorch: any device, any dtype, differentiable any number of times."""
-        return cast(R, self._reference(*self._arguments(*args, **kwargs)))
+        flat = self._arguments(*args, **kwargs)
+        y = self._reference(*flat)
+        return cast(R, y if self._aux is None else self._finished(flat, y))
+
+    def with_aux(self, flat: Args, y: Any, residuals: Any) -> Any:
+        """`y`, or `(y, aux)` where that was asked for."""
+        return y if self.aux_flag is None or not flat[self.aux_flag] else (y, residuals.aux)
+
+    def _kept(self, flat: Args) -> Args:
+        """`flat` without its leave to `donate`: an operator promises the compiler to write to nothing."""
+        return flat if self._donate is None else (*flat[: self._donate], False, *flat[self._donate + 1 :])
+
+    def _finished(self, flat: Args, out: Any) -> Any:
+        return self._aux(flat, *out) if self._aux is not None and isinstance(out, tuple) else out
 
     def run_fwd(self, backend: Backend, flat: Args, needs: Needs) -> tuple[Any, Any]:
         """The pair's forward on `backend`."""
@@ -182,6 +205,7 @@ def custom_vjp(
     cotangents: Callable[[Any], tuple[Any, ...]],
     diff: int,
     n_out: int = 1,
+    aux: Callable[[Args, Any, Tensor], Any] | None = None,
 ) -> Callable[[Callable[P, Args]], Op[P, Any]]:
     """Decorate the public function, whose body checks its arguments and returns them flat, as `fwd` and `reference` take them.
 
@@ -191,12 +215,13 @@ def custom_vjp(
         reference, outputs, gradients: see the module's text.
         cotangents: the shape of each output, from the residuals; None for a length that they do not tell.
         diff: how many arguments are differentiable; they come first. n_out: how many outputs there are.
+        aux: makes what a call with `return_aux` returns, from the flat arguments, y and the residual `aux`.
     """
     kernel, torchs = Pair(*kernels), Pair(*map(in_own_dtypes, plain))
     pairs: dict[Backend, Pair] = {"triton": kernel, "interpreter": kernel, "reference": torchs}
 
     def wrap(arguments: Callable[P, Args]) -> Op[P, Any]:
-        return Op(arguments, residuals, pairs, reference, outputs, gradients, cotangents, diff, n_out)
+        return Op(arguments, residuals, pairs, reference, outputs, gradients, cotangents, diff, n_out, aux)
 
     return wrap
 
@@ -212,7 +237,10 @@ def _lean(op: Op[..., Any]) -> type[Function]:
         y, res = op.run_fwd(backend, flat, ctx.needs_input_grad[1 : 1 + diff])
         ctx.save_for_backward(*res[:saved])
         ctx.rest = backend, res[saved:]
-        return y
+        out = op.with_aux(flat, y, res)
+        if out is not y:
+            ctx.mark_non_differentiable(out[1])
+        return out
 
     def backward(ctx: Any, *dy: Tensor) -> Args:
         backend, options = ctx.rest

@@ -1,25 +1,25 @@
 r"""Gated linear units: an activation of one half gates the other.
 
-    SwiGLU:  s = sigmoid(gate)       y = gate s up
-             dgate = dy up s (1 + gate (1 − s))          dup = dy gate s
+    a = m gate          y = n act(a) up          dgate = n m dy up act′(a)          dup = n dy act(a)
+
+with m, n the multipliers of gate and up. The activations, their derivatives and the kernels stand in `_glu_rows.py`.
 
 Residuals: gate and up; the activation is computed again. Source: Shazeer 2020, arXiv:2002.05202.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple, ParamSpec
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check
-from ._check import wide
-from ._launch import as_rows, cdiv, jit, launch, tl
-from ._vjp import Args, Needs, custom_vjp
+from ._glu_rows import flag, floats, kernel_backward, kernel_forward, number, overwritten, plain_backward, plain_forward, reusable, rows_of
+from ._vjp import Args, Needs, Op, custom_vjp
 
-BLOCK, WARPS = 2048, 8  # 8 elements a thread: one 16-byte access for each half-precision tensor
+P = ParamSpec("P")
+Approximate = Literal["tanh", "none"]
 
 
 class Residuals(NamedTuple):
@@ -27,123 +27,121 @@ class Residuals(NamedTuple):
 
     gate: Tensor
     up: Tensor
+    act: str
+    gate_multiplier: float
+    up_multiplier: float
+    donate: bool
 
 
 # --- definition -------------------------------------------------------------------------------------------------------------------------
 
 
-def _reference(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
+def _reference(gate: Tensor, up: Tensor, act: str, gate_multiplier: float, up_multiplier: float, donate: bool) -> Tensor:
+    return plain_forward(gate, up, (act, gate_multiplier, up_multiplier))
 
 
-def _plain_fwd(gate: Tensor, up: Tensor, needs: Needs) -> tuple[Tensor, Residuals]:
-    return _reference(gate, up), Residuals(gate, up)
+def _plain_fwd(
+    gate: Tensor, up: Tensor, act: str, gate_multiplier: float, up_multiplier: float, donate: bool, needs: Needs
+) -> tuple[Tensor, Residuals]:  # fmt: skip
+    res = Residuals(gate, up, act, gate_multiplier, up_multiplier, donate)
+    return _reference(*res), res
 
 
 def _plain_bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor | None, Tensor | None]:
-    gate, up, d = wide(res.gate), wide(res.up), wide(dy)
-    s = torch.sigmoid(gate)
-    dgate = (d * up * s * (1 + gate * (1 - s))).to(res.gate.dtype) if needs[0] else None
-    return dgate, (d * gate * s).to(res.up.dtype) if needs[1] else None
-
-
-# --- kernels ----------------------------------------------------------------------------------------------------------------------------
-
-
-@jit
-def _place(blocks, BLOCK: tl.constexpr):
-    """(row, columns) of this program, whose grid runs over the blocks of each row in turn."""
-    pid = tl.program_id(0).to(tl.int64)
-    return pid // blocks, (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
-
-
-@jit
-def _fwd_kernel(gate_ptr, up_ptr, y_ptr, gate_stride, up_stride, blocks, H, BLOCK: tl.constexpr):
-    row, col = _place(blocks, BLOCK)
-    gate = tl.load(gate_ptr + row * gate_stride + col, mask=col < H, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * up_stride + col, mask=col < H, other=0.0).to(tl.float32)
-    y = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(y_ptr + row * H + col, y.to(y_ptr.dtype.element_ty), mask=col < H)
-
-
-@jit
-def _bwd_kernel(
-    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, dy_stride, gate_stride, up_stride, blocks, H, BLOCK: tl.constexpr
-):  # fmt: skip
-    row, col = _place(blocks, BLOCK)
-    dy = tl.load(dy_ptr + row * dy_stride + col, mask=col < H, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + row * gate_stride + col, mask=col < H, other=0.0).to(tl.float32)
-    s = 1.0 / (1.0 + tl.exp(-gate))
-    if dgate_ptr is not None:
-        up = tl.load(up_ptr + row * up_stride + col, mask=col < H, other=0.0).to(tl.float32)
-        dgate = dy * up * s * (1.0 + gate * (1.0 - s))
-        tl.store(dgate_ptr + row * H + col, dgate.to(dgate_ptr.dtype.element_ty), mask=col < H)
-    if dup_ptr is not None:
-        tl.store(dup_ptr + row * H + col, (dy * gate * s).to(dup_ptr.dtype.element_ty), mask=col < H)
+    return plain_backward(dy, res.gate, res.up, res[2:5], (needs[0], needs[1]))
 
 
 # --- forward and backward ---------------------------------------------------------------------------------------------------------------
 
 
-def _outputs(gate: Tensor, up: Tensor, needs: Needs) -> tuple[Tensor]:
+def _outputs(
+    gate: Tensor, up: Tensor, act: str, gate_multiplier: float, up_multiplier: float, donate: bool, needs: Needs
+) -> tuple[Tensor]:  # fmt: skip
     return (gate.new_empty(gate.shape),)
 
 
-def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
-    return tuple(t.new_empty(t.shape) if n else None for t, n in zip(res, needs, strict=True))  # type: ignore[return-value]
+def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:
+    return tuple(t.new_empty(t.shape) if n else None for t, n in zip(res[:2], needs, strict=True))
 
 
-def _rows(*tensors: Tensor) -> tuple[int, int, int, tuple[Tensor, ...]]:
-    """(programs, blocks in a row, row length, the tensors as rows); contiguous tensors are one long row."""
-    if all(t.is_contiguous() for t in tensors):
-        rows = tuple(t.view(1, -1) for t in tensors)
-    else:
-        rows = tuple(as_rows(t) for t in tensors)
-    n, h = rows[0].shape
-    blocks = cdiv(h, BLOCK)
-    return n * blocks, blocks, h, rows
+def _fwd(
+    gate: Tensor, up: Tensor, act: str, gate_multiplier: float, up_multiplier: float, donate: bool, needs: Needs
+) -> tuple[Tensor, Residuals]:  # fmt: skip
+    res = Residuals(gate, up, act, gate_multiplier, up_multiplier, donate)
+    (y,) = _outputs(*res, needs=needs)
+    g, u = rows_of(gate, up)
+    kernel_forward(g, u, y.view(g.shape), res[2:5])
+    return y, res
 
 
-def _fwd(gate: Tensor, up: Tensor, needs: Needs) -> tuple[Tensor, Residuals]:
-    (y,) = _outputs(gate, up, needs)
-    programs, blocks, h, (g, u) = _rows(gate, up)
-    launch(_fwd_kernel, (programs,), gate.device, g, u, y, g.stride(0), u.stride(0), blocks, h, BLOCK=BLOCK, num_warps=WARPS)
-    return y, Residuals(gate, up)
+def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor | None, ...]:
+    d, g, u = rows_of(dy, *res[:2])
+    if not (donate and res.donate):
+        grads = _gradients(res, dy, needs)
+        dg, du = (t if t is None else t.view(g.shape) for t in grads)
+        kernel_backward(d, g, u, dg, du, res[2:5])
+        return grads
+    over = needs[0] and reusable(res.gate, g, (d, u)), needs[1] and reusable(res.up, u, (d, g))
+    made = _gradients(res, dy, tuple(n and not o for n, o in zip(needs, over, strict=True)))
+    each = tuple(zip(res[:2], (g, u), over, made, strict=True))
+    dg, du = (rows if o else None if m is None else m.view(rows.shape) for _, rows, o, m in each)
+    kernel_backward(d, g, u, dg, du, res[2:5])
+    overwritten([t for t, _, o, _ in each if o])
+    return tuple(t.detach() if o else m for t, _, o, m in each)
 
 
-def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor | None, Tensor | None]:
-    dgate, dup = _gradients(res, dy, needs)
-    programs, blocks, h, (d, g, u) = _rows(dy, *res)
-    strides = d.stride(0), g.stride(0), u.stride(0)
-    launch(_bwd_kernel, (programs,), dy.device, d, g, u, dgate, dup, *strides, blocks, h, BLOCK=BLOCK, num_warps=WARPS)
-    return dgate, dup
+# --- public functions -------------------------------------------------------------------------------------------------------------------
 
 
-# --- public function --------------------------------------------------------------------------------------------------------------------
+def _glu(arguments: Callable[P, Args]) -> Op[P, Tensor]:
+    """The ops of this file differ by their activation and in nothing else."""
+    return custom_vjp(
+        residuals=Residuals,
+        kernels=(_fwd, _bwd),
+        plain=(_plain_fwd, _plain_bwd),
+        reference=_reference,
+        outputs=_outputs,
+        gradients=_gradients,
+        cotangents=lambda res: (res.gate.shape,),
+        diff=2,
+    )(arguments)
 
 
-@custom_vjp(
-    residuals=Residuals,
-    kernels=(_fwd, _bwd),
-    plain=(_plain_fwd, _plain_bwd),
-    reference=_reference,
-    outputs=_outputs,
-    gradients=_gradients,
-    cotangents=lambda res: (res.gate.shape,),
-    diff=2,
-)
-def swiglu(gate: Tensor, up: Tensor) -> Args:
-    r"""SwiGLU: `y = silu(gate) up`, where `silu(a) = a sigmoid(a)`.
+def _checked(op: str, gate: Tensor, up: Tensor, act: str, gate_multiplier: float, up_multiplier: float, donate: bool) -> Args:
+    floats(op, gate=gate)
+    _check.floating(op, up=up)
+    _check.shape(op, "up", up, gate.shape, "the shape of gate")
+    _check.same_dtype(op, gate, up=up)
+    _check.same_device(op, gate, up=up)
+    gate_multiplier, up_multiplier = number(op, "gate_multiplier", gate_multiplier), number(op, "up_multiplier", up_multiplier)
+    return gate, up, act, gate_multiplier, up_multiplier, flag(op, "donate", donate)
+
+
+def gelu(op: str, approximate: str) -> str:
+    """The activation that a public function calls by `approximate`."""
+    _check.choice(op, "approximate", approximate, ("tanh", "none"))
+    return "gelu_tanh" if approximate == "tanh" else "gelu"
+
+
+@_glu
+def swiglu(gate: Tensor, up: Tensor, *, gate_multiplier: float = 1.0, up_multiplier: float = 1.0, donate: bool = False) -> Args:
+    r"""SwiGLU: `y = silu(gate · gate_multiplier) · up · up_multiplier`, where `silu(a) = a sigmoid(a)`.
 
     Args:
-        gate: any shape, rows of any stride; float32, bfloat16, float16 (kernels) or float64 (plain PyTorch).
+        gate: any shape; float32, bfloat16, float16 (kernels) or float64 (plain PyTorch). Rows of one stride, such as the halves of a packed
+            projection, cost no copy.
         up: of gate's shape and dtype.
+        gate_multiplier, up_multiplier: Python numbers. (Falcon-H1 has the first in its MLP, and scales what comes after it by the second.)
+        donate: the caller reads gate and up no more. Backward then writes their gradients over them, where the graph is freed by it
+            (`retain_graph=False`) and the memory is theirs alone: not over leaves, expanded or overlapping tensors, nor under compilers and
+            transforms. If another function saved one of them too, its own backward raises PyTorch's error about an in-place change.
 
     Returns:
-        y, of the same shape and dtype; the kernels compute in fp32 and round once. Gradients: gate and up.
+        y, of the same shape and dtype. The kernels compute in fp32 and round y once; plain PyTorch, and Hugging Face's models, round every
+        product and the activation. Gradients: gate and up, rounded once.
 
     Raises:
-        TypeError: a tensor is not of a float dtype, or the two dtypes differ.
+        TypeError: a tensor is not of a float dtype, the two dtypes differ, a multiplier is not a number, donate not a bool.
         ValueError: shapes or devices differ, or the tensors are 0-dimensional.
 
     Example:
@@ -152,9 +150,60 @@ def swiglu(gate: Tensor, up: Tensor) -> Args:
 
     Source: Shazeer 2020, arXiv:2002.05202.
     """
-    _check.floating("swiglu", gate=gate, up=up)
-    _check.rank("swiglu", "gate", gate, 1)
-    _check.shape("swiglu", "up", up, gate.shape, "the shape of gate")
-    _check.same_dtype("swiglu", gate, up=up)
-    _check.same_device("swiglu", gate, up=up)
-    return gate, up
+    return _checked("swiglu", gate, up, "silu", gate_multiplier, up_multiplier, donate)
+
+
+@_glu
+def geglu(
+    gate: Tensor, up: Tensor, *, approximate: Approximate = "tanh", gate_multiplier: float = 1.0, up_multiplier: float = 1.0,
+    donate: bool = False,
+) -> Args:  # fmt: skip
+    r"""GEGLU: `y = gelu(gate · gate_multiplier) · up · up_multiplier`, where `gelu(a) = a Φ(a)`, Φ the normal distribution.
+
+    Args:
+        gate: any shape; float32, bfloat16, float16 (kernels) or float64 (plain PyTorch). Rows of one stride cost no copy.
+        up: of gate's shape and dtype.
+        approximate: "tanh" for `Φ(a) ≈ (1 + tanh(√(2/π) (a + 0.044715 a³))) / 2` (the Gemma family), "none" for Φ by the error function.
+        gate_multiplier, up_multiplier: Python numbers.
+        donate: the caller reads gate and up no more: see `swiglu`.
+
+    Returns:
+        y, of the same shape and dtype; the kernels compute in fp32 and round once. Gradients: gate and up.
+
+    Raises:
+        TypeError: a tensor is not of a float dtype, the two dtypes differ, a multiplier is not a number, donate not a bool.
+        ValueError: shapes or devices differ, the tensors are 0-dimensional, unknown `approximate`.
+
+    Example:
+        >>> liger_fn.geglu(torch.tensor([0.0, 1.0]), torch.tensor([5.0, 2.0]))
+        tensor([0.0000, 1.6824])
+
+    Source: Shazeer 2020, arXiv:2002.05202; Hendrycks & Gimpel 2016, arXiv:1606.08415.
+    """
+    return _checked("geglu", gate, up, gelu("geglu", approximate), gate_multiplier, up_multiplier, donate)
+
+
+@_glu
+def reglu(gate: Tensor, up: Tensor, *, gate_multiplier: float = 1.0, up_multiplier: float = 1.0, donate: bool = False) -> Args:
+    r"""ReGLU: `y = max(gate · gate_multiplier, 0) · up · up_multiplier`. The slope at 0 is 0, as PyTorch's is.
+
+    Args:
+        gate: any shape; float32, bfloat16, float16 (kernels) or float64 (plain PyTorch). Rows of one stride cost no copy.
+        up: of gate's shape and dtype.
+        gate_multiplier, up_multiplier: Python numbers.
+        donate: the caller reads gate and up no more: see `swiglu`.
+
+    Returns:
+        y, of the same shape and dtype; the kernels compute in fp32 and round once. Gradients: gate and up.
+
+    Raises:
+        TypeError: a tensor is not of a float dtype, the two dtypes differ, a multiplier is not a number, donate not a bool.
+        ValueError: shapes or devices differ, or the tensors are 0-dimensional.
+
+    Example:
+        >>> liger_fn.reglu(torch.tensor([-3.0, 1.0]), torch.tensor([5.0, 2.0]))
+        tensor([0., 2.])
+
+    Source: Shazeer 2020, arXiv:2002.05202.
+    """
+    return _checked("reglu", gate, up, "relu", gate_multiplier, up_multiplier, donate)

@@ -14,7 +14,7 @@ Source: chunks of tokens as in github.com/mgmalek/efficient_cross_entropy; Wijma
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,10 @@ from torch import Tensor
 
 from . import _check
 from ._backend import in_own_dtypes
-from ._check import wide
-from ._launch import cdiv, jit, launch, tl
-from ._loss_rows import Rows, check_targets, kernel_rows, losses, plain_rows, reduced, valid_rows
+from ._launch import cdiv
+from ._loss_rows import check_targets, losses, mean_over, reduced
 from ._vjp import Args, Needs, custom_vjp
-from .cross_entropy import REDUCTIONS, Reduction
+from .cross_entropy import KERNELS, PLAIN, REDUCTIONS, Parts, Reduction
 
 RUN = 512  # terms an fp32 product of a chunk sums one after another
 LIFT = 1024.0  # fp16 keeps small probabilities as subnormals, or not at all: its unscaled gradients are made this much larger
@@ -41,7 +40,7 @@ class Residuals(NamedTuple):
     bias: Tensor | None
     target: Tensor
     stats: Tensor
-    n_valid: Tensor | None
+    divisor: Tensor | None
     dx: Tensor | None
     dweight: Tensor | None
     dbias: Tensor | None
@@ -58,32 +57,7 @@ def _reference(
 ) -> Tensor:  # fmt: skip
     flat = target.reshape(-1)
     each = losses(F.linear(x.reshape(-1, x.shape[-1]), weight, bias), flat, ignore_index)
-    return reduced(each, valid_rows(flat, ignore_index, reduction), reduction, target.shape)
-
-
-# --- kernel -----------------------------------------------------------------------------------------------------------------------------
-
-
-@jit
-def _scale_kernel(made_ptr, factor_ptr, out_ptr, N, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    made = tl.load(made_ptr + at, mask=at < N, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, (made * tl.load(factor_ptr)).to(out_ptr.dtype.element_ty), mask=at < N)
-
-
-def _kernel_scale(made: Tensor, factor: Tensor, out: Tensor) -> None:
-    launch(_scale_kernel, (cdiv(made.numel(), 2048),), made.device, made, factor, out, made.numel(), BLOCK=2048, num_warps=8)
-
-
-def _plain_scale(made: Tensor, factor: Tensor, out: Tensor) -> None:
-    out.copy_(wide(made) * factor)  # a 0-dimensional factor would be rounded to made's dtype, were that half precision
-
-
-class _Parts(NamedTuple):
-    """What differs between the backends: the rows of a chunk, and the last scaling."""
-
-    rows: Rows
-    scale: Any
+    return reduced(each, mean_over(flat, ignore_index, reduction), reduction, target.shape)
 
 
 # --- chunks -----------------------------------------------------------------------------------------------------------------------------
@@ -158,10 +132,10 @@ def _outputs(
 ) -> Args:  # fmt: skip
     wide = _check.wide_dtype(x)
     y = x.new_empty(target.shape if reduction == "none" else (), dtype=wide)
-    n_valid = target.new_empty((), dtype=torch.int64) if reduction == "mean" else None
+    divisor = target.new_empty((), dtype=torch.int64) if reduction == "mean" else None
     made = [None if t is None or not n or reduction == "none" else t for t, n in zip((x, weight, bias), needs, strict=True)]
     dx, dweight, dbias = (t if t is None else t.new_empty(t.shape, dtype=_storage(t) if i else t.dtype) for i, t in enumerate(made))
-    return y, x.new_empty(target.numel(), 2, dtype=wide), n_valid, dx, dweight, dbias
+    return y, x.new_empty(target.numel(), 2, dtype=wide), divisor, dx, dweight, dbias
 
 
 def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:
@@ -171,7 +145,7 @@ def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None,
 
 def _fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, reduction: str, memory_budget: int, needs: Needs,
-    parts: _Parts,
+    parts: Parts,
 ) -> tuple[Tensor, Residuals]:  # fmt: skip
     rows, flat = x.reshape(-1, x.shape[-1]), target.reshape(-1)
     check_targets("linear_cross_entropy", flat, ignore_index, weight.shape[0])
@@ -187,20 +161,20 @@ def _fwd(
         parts.rows(a, flat[at], ignore_index, stats=stats[at], loss=each[at], grad=a if now else None, scale=lift)
         if now:
             sums.add(at, a)
-    n_valid = valid_rows(flat, ignore_index, reduction)
+    divisor = mean_over(flat, ignore_index, reduction)
     dx = None if sums.dx is None else sums.dx.view(x.shape)
     dweight = None if sums.dweight is None else sums.dweight.to(_storage(weight))
     dbias = None if sums.dbias is None or bias is None else sums.dbias.to(_storage(bias))
     res = Residuals(
-        x if reduction == "none" else None, weight, bias, target, stats, n_valid, dx, dweight, dbias, ignore_index, reduction, memory_budget
+        x if reduction == "none" else None, weight, bias, target, stats, divisor, dx, dweight, dbias, ignore_index, reduction, memory_budget
     )  # fmt: skip
-    return reduced(each, n_valid, reduction, target.shape), res
+    return reduced(each, divisor, reduction, target.shape), res
 
 
-def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, parts: _Parts) -> tuple[Tensor | None, ...]:
+def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, parts: Parts) -> tuple[Tensor | None, ...]:
     if res.reduction == "none":
         return _bwd_each(res, dy, needs, parts)
-    factor = dy if res.n_valid is None or res.reduction == "sum" else dy / res.n_valid.clamp(min=1)
+    factor = dy if res.divisor is None or res.reduction == "sum" else dy / res.divisor
     factor = factor / _lift(res.weight)
     grads = []
     for made, like, need in zip((res.dx, res.dweight, res.dbias), (res.dx, res.weight, res.bias), needs, strict=True):
@@ -212,7 +186,7 @@ def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, parts: _Parts) 
     return tuple(grads)
 
 
-def _bwd_each(res: Residuals, dy: Tensor, needs: Needs, parts: _Parts) -> tuple[Tensor | None, ...]:
+def _bwd_each(res: Residuals, dy: Tensor, needs: Needs, parts: Parts) -> tuple[Tensor | None, ...]:
     """A cotangent for each token: make the logits again, and from them the gradients."""
     x, weight, bias, target, stats = res[:5]
     assert x is not None  # kept for this
@@ -229,16 +203,13 @@ def _bwd_each(res: Residuals, dy: Tensor, needs: Needs, parts: _Parts) -> tuple[
     return dx, dweight, None if sums.dbias is None or bias is None else sums.dbias.to(bias.dtype)
 
 
-_KERNELS = _Parts(kernel_rows, _kernel_scale)
-_PLAIN = _Parts(plain_rows, _plain_scale)
-
 # --- public function --------------------------------------------------------------------------------------------------------------------
 
 
 @custom_vjp(
     residuals=Residuals,
-    kernels=(in_own_dtypes(partial(_fwd, parts=_KERNELS)), in_own_dtypes(partial(_bwd, parts=_KERNELS))),
-    plain=(partial(_fwd, parts=_PLAIN), partial(_bwd, parts=_PLAIN)),
+    kernels=(in_own_dtypes(partial(_fwd, parts=KERNELS)), in_own_dtypes(partial(_bwd, parts=KERNELS))),
+    plain=(partial(_fwd, parts=PLAIN), partial(_bwd, parts=PLAIN)),
     reference=_reference,
     outputs=_outputs,
     gradients=_gradients,

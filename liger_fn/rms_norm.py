@@ -8,7 +8,6 @@ Residuals: x, w, and r in fp32, one per row. Source: Zhang & Sennrich 2019, arXi
 
 from __future__ import annotations
 
-from functools import cache
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -17,12 +16,10 @@ from torch import Tensor
 
 from . import _check
 from ._check import wide
-from ._launch import as_rows, cdiv, jit, launch, next_power_of_2, processors, tl, warps
-from ._reduce import sum_rows
+from ._launch import as_rows, cdiv, jit, launch, processors, tl
+from ._norm_rows import RESIDENT, WIDEST, finish, partial, tile, wide_bwd, wide_fwd
 from ._vjp import Args, Needs, custom_vjp
 
-WIDEST = 65536  # columns one program can hold
-PER_WARP = 1024  # elements a warp holds: 32 a thread (H100)
 Cast = Literal["llama", "gemma", "none"]
 
 
@@ -123,23 +120,6 @@ def _bwd_kernel(
 # --- forward and backward ---------------------------------------------------------------------------------------------------------------
 
 
-class _Tile(NamedTuple):
-    """How a row length is cut: the rows and columns a program holds, its warps, and the programs a multiprocessor holds at once (H100)."""
-
-    rows: int
-    columns: int
-    warps: int
-    resident: int
-
-
-@cache
-def _tile(h: int) -> _Tile:
-    """One wide row, or several short ones."""
-    columns = next_power_of_2(h)
-    rows = max(1, 2048 // columns)
-    return _Tile(rows, columns, warps(rows * columns, PER_WARP), max(1, min(4, 8192 // (rows * columns))))
-
-
 def _outputs(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str, needs: Needs) -> tuple[Tensor, Tensor]:
     dtype = x.dtype if weight is None or cast == "gemma" else torch.promote_types(x.dtype, weight.dtype)
     y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
@@ -156,12 +136,15 @@ def _fwd(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str,
     y, rstd = _outputs(x, weight, eps, offset, cast, needs)
     rows = as_rows(x)
     n, h = rows.shape
-    tile = _tile(h)
-    launch(
-        _fwd_kernel, (cdiv(n, tile.rows),), x.device,
-        rows, weight, y, rstd, rows.stride(0), n, h, eps, offset,
-        LLAMA=cast == "llama", ROWS=tile.rows, BLOCK=tile.columns, num_warps=tile.warps,
-    )  # fmt: skip
+    if h > RESIDENT:
+        wide_fwd(rows, weight, y, rstd, eps, offset=offset, llama=cast == "llama")
+    else:
+        t = tile(h)
+        launch(
+            _fwd_kernel, (cdiv(n, t.rows),), x.device,
+            rows, weight, y, rstd, rows.stride(0), n, h, eps, offset,
+            LLAMA=cast == "llama", ROWS=t.rows, BLOCK=t.columns, num_warps=t.warps,
+        )  # fmt: skip
     return y, Residuals(x, weight, rstd, offset, cast)
 
 
@@ -169,17 +152,19 @@ def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor
     x, weight, rstd, offset, _ = res
     rows, dys = as_rows(x), as_rows(dy)
     n, h = rows.shape
-    tile = _tile(h)
-    programs = min(cdiv(n, tile.rows), tile.resident * processors(x.device))
     dx, dw = _gradients(res, dy, needs)
-    parts = dw if dw is None or programs == 1 else rstd.new_empty(programs, h)  # a sum for each program, to be summed in turn
+    if h > RESIDENT:
+        wide_bwd(dys, rows, weight, rstd, dx, dw, offset=offset)
+        return dx, dw
+    t = tile(h)
+    programs = min(cdiv(n, t.rows), t.resident * processors(x.device))
+    dws = partial(dw, programs, rstd)
     launch(
         _bwd_kernel, (programs,), x.device,
-        dys, rows, weight, rstd, dx, parts, dys.stride(0), rows.stride(0), n, h, offset,
-        ROWS=tile.rows, BLOCK=tile.columns, num_warps=tile.warps,
+        dys, rows, weight, rstd, dx, dws, dys.stride(0), rows.stride(0), n, h, offset,
+        ROWS=t.rows, BLOCK=t.columns, num_warps=t.warps,
     )  # fmt: skip
-    if dw is not None and parts is not None and parts is not dw:
-        sum_rows(parts, dw)
+    finish(dws, dw)
     return dx, dw
 
 
@@ -200,7 +185,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offs
     r"""RMSNorm over the last axis: `y = x rsqrt(mean(x²) + eps) (weight + offset)`.
 
     Args:
-        x: `[..., H]`, any strides, H at most 65536; float32, bfloat16, float16 (kernels) or float64 (plain PyTorch).
+        x: `[..., H]`, any strides, H at least 1; float32, bfloat16, float16 (kernels) or float64 (plain PyTorch).
         weight: `[H]`, or None for no scale.
         eps: added to the mean square.
         offset: added to the weight; 1 for the Gemma family, whose weights are stored around zero.
@@ -213,7 +198,8 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offs
 
     Raises:
         TypeError: a tensor is not of a float dtype.
-        ValueError: weight is not `[H]`, tensors are on different devices, H is over 65536 or zero, x is 0-dimensional, unknown `cast`.
+        ValueError: weight is not `[H]`, tensors are on different devices, H is zero or over 2³¹ − 2¹⁶, x is 0-dimensional, unknown
+            `cast`.
 
     Example:
         >>> liger_fn.rms_norm(torch.tensor([[3.0, 4.0]]), eps=0.0)
@@ -224,9 +210,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offs
     _check.floating("rms_norm", x=x)
     _check.optional("rms_norm", weight=weight)
     if x.dim() == 0 or not 0 < x.shape[-1] <= WIDEST:
-        raise ValueError(
-            f"rms_norm: the last axis of x must have 1 to {WIDEST} elements, got shape {list(x.shape)}; for more use rms_norm.reference"
-        )
+        raise ValueError(f"rms_norm: the last axis of x must have 1 to {WIDEST} elements, got shape {list(x.shape)}; reshape x")
     if weight is not None:
         _check.shape("rms_norm", "weight", weight, x.shape[-1:], "the last axis of x")
         _check.same_device("rms_norm", x, weight=weight)

@@ -1,23 +1,30 @@
 r"""Rotary position embedding: turn pairs of channels by an angle that grows with the position.
 
-With each head split in halves, q = (a, b), cos = (c₁, c₂), sin = (s₁, s₂):
+With a and b the first and second channels of all pairs, and (c₁, c₂), (s₁, s₂) what cos and sin hold for them:
 
     y = (a c₁ − b s₁,  b c₂ + a s₂)          dq = (da c₁ + db s₂,  db c₂ − da s₁)        where dy = (da, db)
 
-q and k turn by the same angles, in one launch. Residuals: cos and sin. Source: Su et al. 2021, arXiv:2104.09864.
+Layout "half" pairs channel i with i + n, where n pairs are turned; "interleaved" pairs 2i with 2i + 1. Channels beyond 2n pass through.
+q and k turn by the same angles, in one launch. Residuals: cos and sin. Source: Su et al. 2021, arXiv:2104.09864; sections of channels for
+time, height and width: Wang et al. 2024, arXiv:2409.12191.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from . import _check
 from ._check import wide
-from ._launch import jit, launch, next_power_of_2, tl, warps
-from ._vjp import Args, Needs, custom_vjp
+from ._launch import launch, next_power_of_2, warps
+from ._rope_kernels import _rope_kernel
+from ._vjp import Args, Needs, Op, custom_vjp
+
+Layout = Literal["half", "interleaved"]
+SectionOrder = Literal["blocked", "interleaved"]
 
 
 class Residuals(NamedTuple):
@@ -25,74 +32,74 @@ class Residuals(NamedTuple):
 
     cos: Tensor
     sin: Tensor
+    layout: str
+    heads_axis: int
+    dim: int
+    rotary_dim: int
+    order: str  # of sections; "" where there are none
+    first: int  # blocked: the pair where height starts; interleaved: where it ends
+    second: int  # the same of width
+    alone: bool  # k is None
 
 
 # --- definition -------------------------------------------------------------------------------------------------------------------------
 
 
-def _reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+def _reference(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor,
+    layout: str, heads_axis: int, dim: int, rotary_dim: int, order: str, first: int, second: int, alone: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    c, s = _tables(Residuals(cos, sin, layout, heads_axis, dim, rotary_dim, order, first, second, alone))
 
     def turn(x: Tensor) -> Tensor:
-        a, b = x.chunk(2, -1)
-        return (x * c + torch.cat((-b, a), -1) * s).to(x.dtype)
+        part = x[..., :rotary_dim]
+        y = (part * c + _quarter(part, layout) * s).to(x.dtype)
+        return y if rotary_dim == dim else torch.cat((y, x[..., rotary_dim:]), -1)
 
     return turn(q), turn(k)
 
 
-def _plain_fwd(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, needs: Needs) -> tuple[tuple[Tensor, Tensor], Residuals]:
-    return _reference(q, k, cos, sin), Residuals(cos, sin)
+def _quarter(x: Tensor, layout: str) -> Tensor:
+    """Every pair (a, b) turned by a quarter: (−b, a)."""
+    if layout == "half":
+        a, b = x.chunk(2, -1)
+        return torch.cat((-b, a), -1)
+    return torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
+
+
+def _tables(res: Residuals) -> tuple[Tensor, Tensor]:
+    """cos and sin with a number for each channel, and an axis for the heads."""
+    half, width = res.rotary_dim // 2, res.cos.shape[-1]
+
+    def whole(table: Tensor) -> Tensor:
+        if res.order:
+            channel = torch.arange(width, device=table.device)
+            pair = channel % half if res.layout == "half" else channel // (width // half)
+            if res.order == "blocked":
+                height, across = (pair >= res.first) & (pair < res.second), pair >= res.second
+            else:
+                height, across = (pair % 3 == 1) & (pair < res.first), (pair % 3 == 2) & (pair < res.second)
+            table = torch.where(across, table[2], torch.where(height, table[1], table[0]))
+        if width == half:
+            table = torch.cat((table, table), -1) if res.layout == "half" else table.repeat_interleave(2, -1)
+        return table.unsqueeze(res.heads_axis)
+
+    return whole(res.cos), whole(res.sin)
+
+
+def _plain_fwd(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *how: Any, needs: Needs) -> tuple[tuple[Tensor, Tensor], Residuals]:
+    return _reference(q, k, cos, sin, *how), Residuals(cos, sin, *how)
 
 
 def _plain_bwd(res: Residuals, dy: tuple[Tensor, Tensor], needs: Needs, donate: bool) -> tuple[Tensor | None, ...]:
-    c, s = wide(res.cos).unsqueeze(1), wide(res.sin).unsqueeze(1)
+    c, s = map(wide, _tables(res))
 
     def turn_back(d: Tensor) -> Tensor:
-        da, db = (wide(d) * s).chunk(2, -1)
-        return (wide(d) * c + torch.cat((db, -da), -1)).to(d.dtype)
+        part = wide(d[..., : res.rotary_dim])
+        dx = (part * c - _quarter(part * s, res.layout)).to(d.dtype)
+        return dx if res.rotary_dim == res.dim else torch.cat((dx, d[..., res.rotary_dim :]), -1)
 
     return tuple(turn_back(d) if n else None for d, n in zip(dy, needs, strict=True))
-
-
-# --- kernels ----------------------------------------------------------------------------------------------------------------------------
-
-
-@jit
-def _turn(
-    x_ptr, y_ptr, xb, xh, xt, yb, yh, yt, b, t, heads, HALF, c1, c2, s1, s2, BACKWARD: tl.constexpr, H: tl.constexpr, D: tl.constexpr
-):
-    """Turn all heads of one token."""
-    head, d = tl.arange(0, H)[:, None], tl.arange(0, D)[None, :]
-    keep = (head < heads) & (d < HALF)
-    x_at = x_ptr + b * xb + t * xt + head.to(tl.int64) * xh + d
-    y_at = y_ptr + b * yb + t * yt + head.to(tl.int64) * yh + d
-    lo = tl.load(x_at, mask=keep, other=0.0).to(tl.float32)
-    hi = tl.load(x_at + HALF, mask=keep, other=0.0).to(tl.float32)
-    if BACKWARD:
-        y_lo, y_hi = lo * c1 + hi * s2, hi * c2 - lo * s1
-    else:
-        y_lo, y_hi = lo * c1 - hi * s1, hi * c2 + lo * s2
-    tl.store(y_at, y_lo.to(y_ptr.dtype.element_ty), mask=keep)
-    tl.store(y_at + HALF, y_hi.to(y_ptr.dtype.element_ty), mask=keep)
-
-
-@jit
-def _rope_kernel(
-    q_ptr, k_ptr, yq_ptr, yk_ptr, cos_ptr, sin_ptr, qb, qh, qt, kb, kh, kt, yqb, yqh, yqt, ykb, ykh, ykt, cb, ct, sb, st,
-    T, q_heads, k_heads, HALF, BACKWARD: tl.constexpr, QH: tl.constexpr, KH: tl.constexpr, D: tl.constexpr
-):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    b, t = token // T, token % T
-    d = tl.arange(0, D)[None, :]
-    c_at, s_at = cos_ptr + b * cb + t * ct + d, sin_ptr + b * sb + t * st + d
-    c1 = tl.load(c_at, mask=d < HALF, other=0.0).to(tl.float32)
-    s1 = tl.load(s_at, mask=d < HALF, other=0.0).to(tl.float32)
-    c2 = tl.load(c_at + HALF, mask=d < HALF, other=0.0).to(tl.float32)
-    s2 = tl.load(s_at + HALF, mask=d < HALF, other=0.0).to(tl.float32)
-    if q_ptr is not None:
-        _turn(q_ptr, yq_ptr, qb, qh, qt, yqb, yqh, yqt, b, t, q_heads, HALF, c1, c2, s1, s2, BACKWARD, QH, D)
-    if k_ptr is not None:
-        _turn(k_ptr, yk_ptr, kb, kh, kt, ykb, ykh, ykt, b, t, k_heads, HALF, c1, c2, s1, s2, BACKWARD, KH, D)
 
 
 # --- forward and backward ---------------------------------------------------------------------------------------------------------------
@@ -104,7 +111,7 @@ def _alike(x: Tensor) -> Tensor:
     return out if out.stride(-1) == 1 else x.new_empty(x.shape)
 
 
-def _outputs(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, needs: Needs) -> tuple[Tensor, Tensor]:
+def _outputs(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *how: Any, needs: Needs) -> tuple[Tensor, Tensor]:
     return _alike(q), _alike(k)
 
 
@@ -112,41 +119,88 @@ def _gradients(res: Residuals, dy: tuple[Tensor, Tensor], needs: Needs) -> tuple
     return tuple(_alike(d) if n else None for d, n in zip(dy, needs, strict=True))
 
 
-def _rotate(q: Tensor | None, k: Tensor | None, yq: Tensor | None, yk: Tensor | None, cos: Tensor, sin: Tensor, backward: bool) -> None:
-    """Launch over every token; a tensor that is None is left out."""
-    q, k = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (q, k))
-    cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (cos, sin))
+def _rotate(q: Tensor | None, k: Tensor | None, yq: Tensor | None, yk: Tensor | None, res: Residuals, backward: bool) -> None:
+    """Launch over every token; a tensor that is None, or has no heads, is left out."""
+    cos, sin, layout, h, dim, turned, order, first, second, _ = res
+    k, yk = (None, None) if k is None or k.shape[h] == 0 else (k, yk)
     some = q if q is not None else k
     if some is None:
         return
-    batch, _, length, dim = some.shape
-    strides = [s for t in (q, k, yq, yk) for s in ((0, 0, 0) if t is None else t.stride()[:3])]
-    tables = [s for t in (cos, sin) for s in (t.stride(0) if t.shape[0] > 1 else 0, t.stride(1))]
-    heads = [0 if t is None else t.shape[1] for t in (q, k)]
-    tiles = [next_power_of_2(max(h, 1)) for h in heads]
-    half = next_power_of_2(dim // 2)
+    length, half, rest = some.shape[3 - h], turned // 2, dim - turned
+    given = [(0, 0, 0, 1) if t is None else t.stride() for t in (q, k, yq, yk)]
+    strides = [s for t, channels in zip(given, (4, 4, 3, 3), strict=True) for s in (t[0], t[h], t[3 - h], t[3])[:channels]]
+    heads = [0 if t is None else t.shape[h] for t in (q, k)]
+    tiles = [next_power_of_2(max(n, 1)) for n in heads]
+    columns, passed = next_power_of_2(half), next_power_of_2(rest) if rest else 0
     launch(
-        _rope_kernel, (batch * length,), some.device,
-        q, k, yq, yk, cos, sin, *strides, *tables, length, *heads, dim // 2,
-        BACKWARD=backward, QH=tiles[0], KH=tiles[1], D=half, num_warps=warps(max(tiles) * half),
+        _rope_kernel, (some.shape[0] * length,), some.device,
+        q, k, yq, yk, cos, sin, *strides, *cos.stride()[-3:], *sin.stride()[-3:], *((cos.stride(0), sin.stride(0)) if order else (0, 0)),
+        length, *heads, half, rest, first, second,
+        BACKWARD=backward, PAIRS=layout == "interleaved", DENSE=given[0][3] == given[1][3] == cos.stride(-1) == sin.stride(-1) == 1,
+        WHOLE=cos.shape[-1] == turned, SECTIONS=order != "", THREES=order == "interleaved",
+        QH=tiles[0], KH=tiles[1], D=columns, REST=passed, num_warps=warps(max(tiles) * max(columns, passed // 2)),
     )  # fmt: skip
 
 
-def _fwd(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, needs: Needs) -> tuple[tuple[Tensor, Tensor], Residuals]:
-    yq, yk = _outputs(q, k, cos, sin, needs)
-    _rotate(q, k, yq, yk, cos, sin, backward=False)
-    return (yq, yk), Residuals(cos, sin)
+def _fwd(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *how: Any, needs: Needs) -> tuple[tuple[Tensor, Tensor], Residuals]:
+    res = Residuals(cos, sin, *how)
+    yq, yk = _outputs(q, k, cos, sin, *how, needs=needs)
+    _rotate(q, k, yq, yk, res, backward=False)
+    return (yq, yk), res
 
 
 def _bwd(res: Residuals, dy: tuple[Tensor, Tensor], needs: Needs, donate: bool) -> tuple[Tensor | None, ...]:
     dq, dk = _gradients(res, dy, needs)
-    _rotate(dy[0] if needs[0] else None, dy[1] if needs[1] else None, dq, dk, *res, backward=True)
+    _rotate(dy[0] if needs[0] else None, dy[1] if needs[1] else None, dq, dk, res, backward=True)
     return dq, dk
 
 
 # --- public function --------------------------------------------------------------------------------------------------------------------
 
 
+class _Rope(Op[..., Any]):
+    """The op, whose result for k=None is one tensor. An operator has a fixed number of outputs: inside, that k is one without heads."""
+
+    def __call__(self, q: Tensor, k: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        y = super().__call__(q, k, *args, **kwargs)
+        return y[0] if k is None else y
+
+    def fwd(self, *args: Any, **kwargs: Any) -> tuple[Any, Residuals]:
+        """As of every op; y is one tensor for k=None."""
+        y, residuals = super().fwd(*args, **kwargs)
+        return y[0] if residuals.alone else y, residuals
+
+    def bwd(self, residuals: Any, dy: Any, *, needs: Needs | None = None, donate: bool = False) -> tuple[Tensor | None, ...]:
+        """As of every op; dy is one tensor for k=None, and the second gradient None."""
+        if not isinstance(residuals, Residuals) or not residuals.alone:
+            return super().bwd(residuals, dy, needs=needs, donate=donate)
+        if not isinstance(dy, Tensor):
+            raise TypeError(f"rope.bwd: dy must be 1 tensor, shaped as what rope.fwd returned first (k was None), got {type(dy).__name__}")
+        both = dy, _no_heads(dy, residuals.heads_axis)
+        return super().bwd(residuals, both, needs=needs, donate=donate)[0], None
+
+    def reference(self, q: Tensor, k: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        """The definition, in plain PyTorch: any device, any dtype, differentiable any number of times."""
+        y = super().reference(q, k, *args, **kwargs)
+        return y[0] if k is None else y
+
+
+def _no_heads(x: Tensor, heads_axis: int) -> Tensor:
+    return x.new_empty([0 if i == heads_axis else n for i, n in enumerate(x.shape)])
+
+
+def _one_or_two(op: Op[..., Any]) -> _Rope:
+    op.__class__ = _Rope
+    return cast(_Rope, op)
+
+
+def _cotangents(res: Residuals) -> tuple[Any, Any]:
+    batch, length = res.cos.shape[-3:-1]
+    shape = (batch, None, length, res.dim) if res.heads_axis == 1 else (batch, length, None, res.dim)
+    return shape, shape
+
+
+@_one_or_two
 @custom_vjp(
     residuals=Residuals,
     kernels=(_fwd, _bwd),
@@ -154,45 +208,135 @@ def _bwd(res: Residuals, dy: tuple[Tensor, Tensor], needs: Needs, donate: bool) 
     reference=_reference,
     outputs=_outputs,
     gradients=_gradients,
-    cotangents=lambda res: ((None, None, *res.cos.shape[1:]),) * 2,
+    cotangents=_cotangents,
     diff=2,
     n_out=2,
 )
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Args:
-    r"""Rotary position embedding of queries and keys, each head split in halves (the Hugging Face layout).
+def rope(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    layout: Layout = "half",
+    rotary_dim: int | None = None,
+    sections: Sequence[int] | None = None,
+    section_order: SectionOrder = "blocked",
+    unsqueeze_dim: int = 1,
+) -> Args:
+    r"""Rotary position embedding of queries and keys: pairs of channels turn by the angles whose cos and sin are given.
 
     Args:
-        q: `[B, heads, T, D]`, any strides (a transposed view costs no copy), D even; float32, bfloat16, float16 (kernels) or float64.
-        k: `[B, k_heads, T, D]`, of q's dtype; k_heads may differ from q's (grouped queries).
-        cos, sin: `[B, T, D]`, or `[1, T, D]` for all of the batch; any float dtype.
+        q: `[B, heads, T, D]`, any strides (no view costs a copy); float32, bfloat16, float16 (kernels) or float64 (plain PyTorch).
+        k: `[B, k_heads, T, D]`, of q's dtype; k_heads may differ from q's (grouped queries). None: q alone.
+        cos, sin: `[B, T, W]`, or `[1, T, W]` or `[T, W]` for all of the batch; any float dtype. W is rotary_dim, a number for each channel,
+            or (where rotary_dim is given) half of it, a number for each pair.
+        layout: which channels are a pair, of n = rotary_dim/2 pairs. "half": i and i + n (Llama, Qwen, GPT-NeoX, Phi, StableLM); tables
+            are `cat((angle, angle), -1)`. "interleaved": 2i and 2i + 1; tables are `angle.repeat_interleave(2, -1)`, as Cohere's are.
+            GLM, GLM-4 and ERNIE 4.5 rotate interleaved, but make their tables as Llama does and use the first half of each: pass
+            `cos[..., :n], sin[..., :n]` and `rotary_dim=2*n`. GPT-J's tables are n wide: pass `rotary_dim=2*n`.
+        rotary_dim: how many channels, the first of each head, are turned; even. The others pass through. None: the width of cos.
+        sections: how many pairs take their angle from time, height and width (M-RoPE). cos and sin are then `[3, B or 1, T, W]` or
+            `[3, T, W]`, and the three numbers add up to rotary_dim/2. None where a model has merged its tables itself, as the rotary
+            modules of transformers 5.23 do (Qwen2-VL, Qwen3-VL, GLM-4V).
+        section_order: "blocked": first all pairs of time, then of height, then of width (Qwen2-VL). "interleaved": of each three pairs in
+            turn, one is of time, one of height, one of width, until height or width has its number; the rest is of time (Qwen3-VL).
+        unsqueeze_dim: where cos and sin lack the axis of heads. 2: q and k are `[B, T, heads, D]`.
 
     Returns:
-        `(q', k')`: q and k turned, in their own shapes, dtypes and memory layouts; the kernels compute in fp32, round once.
-        Gradients: q and k.
+        `(q', k')`, or q' alone where k is None: q and k turned, in their own shapes, dtypes and (where their last axis is dense) memory
+        layouts; the kernels compute in fp32, round once. Gradients: q and k.
 
     Raises:
         TypeError: a tensor is not of a float dtype, or q and k differ in dtype.
-        ValueError: a shape does not fit, D is odd, devices differ, or cos or sin asks for a gradient.
+        ValueError: a shape does not fit, rotary_dim is odd or over D, sections do not add up, an unknown option, devices differ, or cos or
+            sin asks for a gradient.
 
     Example:
         >>> q = torch.tensor([3.0, 4.0]).view(1, 1, 1, 2)  # one pair of channels
         >>> liger_fn.rope(q, q, torch.zeros(1, 1, 2), torch.ones(1, 1, 2))[0].flatten()  # a quarter turn
         tensor([-4.,  3.])
 
-    Source: Su et al. 2021, arXiv:2104.09864.
+    Source: Su et al. 2021, arXiv:2104.09864; sections: Wang et al. 2024, arXiv:2409.12191.
     """
-    _check.floating("rope", q=q, k=k, cos=cos, sin=sin)
-    if q.dim() != 4 or q.shape[-1] % 2 or q.shape[-1] == 0:
-        raise ValueError(f"rope: q must be [batch, heads, length, an even head dimension], got {list(q.shape)}")
-    batch, _, length, dim = q.shape
-    if k.dim() != 4 or (k.shape[0], k.shape[2], k.shape[3]) != (batch, length, dim):
-        raise ValueError(f"rope: k must be [{batch}, k_heads, {length}, {dim}] (as q, but for the heads), got {list(k.shape)}")
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table.dim() != 3 or table.shape[0] not in (1, batch) or tuple(table.shape[1:]) != (length, dim):
-            raise ValueError(
-                f"rope: {name} must be [{batch} or 1, {length}, {dim}] (batch, length and head dimension of q), got {list(table.shape)}"
-            )
+    _check.floating("rope", q=q, cos=cos, sin=sin)
+    _check.optional("rope", k=k)
+    _check.rank("rope", "cos", cos, 2)
+    _check.choice("rope", "layout", layout, ("half", "interleaved"))
+    _check.choice("rope", "section_order", section_order, ("blocked", "interleaved"))
+    if unsqueeze_dim not in (1, 2):
+        raise ValueError(f"rope: unsqueeze_dim must be 1 (q is [B, heads, T, D]) or 2 (q is [B, T, heads, D]), got {unsqueeze_dim!r}")
+    axes = "[batch, heads, length, channels]" if unsqueeze_dim == 1 else "[batch, length, heads, channels]"
+    if q.dim() != 4:
+        raise ValueError(f"rope: q must be {axes} with unsqueeze_dim={unsqueeze_dim}, got {list(q.shape)}")
+    batch, length, dim = q.shape[0], q.shape[3 - unsqueeze_dim], q.shape[3]
+    if k is not None and (k.dim() != 4 or (k.shape[0], k.shape[3 - unsqueeze_dim], k.shape[3]) != (batch, length, dim)):
+        want = f"[{batch}, k_heads, {length}, {dim}]" if unsqueeze_dim == 1 else f"[{batch}, {length}, k_heads, {dim}]"
+        raise ValueError(f"rope: k must be {want} (as q, but for the heads), got {list(k.shape)}")
+    turned = cos.shape[-1] if rotary_dim is None else _check.integer("rope", "rotary_dim", rotary_dim)
+    if not 0 < turned <= dim or turned % 2:
+        raise ValueError(
+            f"rope: rotary_dim (by default the width of cos) must be even, at least 2 and at most {dim}, the channels of q, got {turned}; "
+            "where cos and sin hold one number for each pair, pass twice their width"
+        )
+    order, first, second = _sections(sections, section_order, turned // 2)
+    cos = _checked("cos", cos, order, batch, length, (turned,) if rotary_dim is None else (turned, turned // 2))
+    sin = _checked("sin", sin, order, batch, length, (cos.shape[-1],))
     _check.same_dtype("rope", q, k=k)
     _check.same_device("rope", q, k=k, cos=cos, sin=sin)
     _check.no_grad_for("rope", cos=cos, sin=sin)
-    return q, k, cos, sin
+    keys = _no_heads(q, unsqueeze_dim) if k is None else k
+    return q, keys, cos, sin, layout, unsqueeze_dim, dim, turned, order, first, second, k is None
+
+
+def _sections(sections: Any, order: str, pairs: int) -> tuple[str, int, int]:
+    if sections is None:
+        return "", 0, 0
+    if (
+        not isinstance(sections, list | tuple)
+        or len(sections) != 3
+        or sum(_check.integer("rope", "each of sections", n, 0) for n in sections) != pairs
+    ):
+        raise ValueError(f"rope: sections must be 3 numbers of pairs that add up to rotary_dim/2 = {pairs}, got {sections}")
+    time, height, across = sections
+    return (order, time, time + height) if order == "blocked" else (order, 3 * height, 3 * across)
+
+
+def _checked(name: str, table: Tensor, order: str, batch: int, length: int, widths: tuple[int, ...]) -> Tensor:
+    """A table as `[B, T, W]`, or `[3, B, T, W]` with sections; what the batch shares is expanded."""
+    lead = [3] if order else []
+    t = table.unsqueeze(-3) if table.dim() == len(lead) + 2 else table
+    ok = t.dim() == len(lead) + 3 and t.shape[-3] in (1, batch) and t.shape[-2] == length and t.shape[-1] in widths
+    if not ok or (order and t.shape[0] != 3):
+        want = [*map(str, lead), f"{batch} or 1", str(length), " or ".join(map(str, widths))]
+        raise ValueError(f"rope: {name} must be [{', '.join(want)}] (batch, length and channels to turn), got {list(table.shape)}")
+    return t if t.shape[-3] == batch else t.expand(*lead, batch, -1, -1)
+
+
+def rope_complex(q: Tensor, k: Tensor | None, freqs_cis: Tensor, *, unsqueeze_dim: int = 2) -> Any:
+    r"""`rope` of interleaved pairs, each taken as a complex number and multiplied by one: `y = (a + ib)(c + is)` (Llama 4).
+
+    Args:
+        q: `[B, T, heads, D]`, or `[B, heads, T, D]` with `unsqueeze_dim=1`; any strides.
+        k: the same but for the heads, or None.
+        freqs_cis: complex, `[B, T, n]`, or `[1, T, n]` or `[T, n]` for all of the batch; the first 2n channels of each head are turned.
+        unsqueeze_dim: where freqs_cis lacks the axis of heads.
+
+    Returns:
+        `(q', k')`, or q' alone where k is None, as `rope` gives them. Gradients: q and k.
+
+    Raises:
+        TypeError: freqs_cis is not complex; and all that `rope` raises.
+
+    Example:
+        >>> q = torch.tensor([3.0, 4.0]).view(1, 1, 1, 2)
+        >>> liger_fn.rope_complex(q, None, torch.tensor([[1j]])).flatten()  # a quarter turn
+        tensor([-4.,  3.])
+
+    Source: Su et al. 2021, arXiv:2104.09864.
+    """
+    if not isinstance(freqs_cis, Tensor) or not freqs_cis.is_complex() or freqs_cis.dim() < 2:
+        got = f"{freqs_cis.dtype} {list(freqs_cis.shape)}" if isinstance(freqs_cis, Tensor) else type(freqs_cis).__name__
+        raise TypeError(f"rope_complex: freqs_cis must be a complex tensor [B or 1, T, n], got {got}; for cos and sin call rope")
+    n, f = freqs_cis.shape[-1], freqs_cis.resolve_conj()
+    return rope(q, k, f.real, f.imag, layout="interleaved", rotary_dim=2 * n, unsqueeze_dim=unsqueeze_dim)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import json
-import platform
-from collections.abc import Callable
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-_rows: list[dict[str, Any]] = []
+from tests.bench import results
+from tests.bench.results import Row
+from tests.bench.run import Run
+
+_run = pytest.StashKey[Run]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--bench-json", default="out/bench.json", help="where the figures go (default: %(default)s)")
+    parser.addoption("--bench-dir", type=Path, help=f"where the JSON goes (default: {results.FOLDER}; without a GPU a temporary folder)")
 
 
 @pytest.fixture(autouse=True)
@@ -25,42 +25,40 @@ def uninitialised_memory_is_nan() -> None:
     """Not here: filling what the tests fill would be timed."""
 
 
-@pytest.fixture
-def record() -> Callable[..., None]:
-    """Add one row to the table."""
-
-    def add(**row: Any) -> None:
-        _rows.append(row)
-
-    return add
-
-
-@pytest.fixture
-def recorded() -> list[dict[str, Any]]:
-    """The rows so far."""
-    return _rows
-
-
-def _machine() -> dict[str, str]:
-    names = ("torch", "triton", "liger-kernel")
-    versions = {n: importlib.metadata.version(n) for n in names if importlib.util.find_spec(n.replace("-", "_"))}
-    return {"device": torch.cuda.get_device_name(), "python": platform.python_version(), "cuda": str(torch.version.cuda), **versions}
+@pytest.fixture(scope="session")
+def run(pytestconfig: pytest.Config, device: torch.device) -> Run:
+    """The run that all benchmarks add to."""
+    pytestconfig.stash[_run] = run = Run(device)
+    return run
 
 
 def _number(value: float | None, digits: int = 0) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
+def _line(r: Row) -> str:
+    rate = f"{r.tflops:,.1f} TFLOP/s" if r.tflops else f"{r.gbs:,.0f} GB/s" if r.gbs else "–"
+    moved = _number(r.bytes / 1e6 if r.bytes else None, 1)
+    ratio = _number(r.over_floor, 2) if r.mode != "host" else "–" if r.ours_over_this is None else f"ours × {r.ours_over_this:.2f}"
+    figures = f"{_number(r.us, 1):>11}{moved:>10}{rate:>16}{ratio:>13}{_number(r.mib):>10}"
+    return f"{r.op:22}{r.shape:21}{r.mode:20}{r.provider:15}{figures}  {r.note}".rstrip()
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if not _rows:
+    run = config.stash.get(_run, None)
+    if run is None or not run.gates:
         return
-    out = Path(config.getoption("--bench-json"))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": _machine(), "rows": _rows}, indent=1))
-    write = terminalreporter.write_line
-    write(", ".join(f"{k} {v}" for k, v in _machine().items()))
-    write(f"{'op':22}{'shape':22}{'provider':14}{'µs':>10}{'÷ floor':>9}{'peak MiB':>10}")
-    for r in _rows:
-        ratio = r["us"] / r["floor_us"] if r["us"] and r["floor_us"] else None
-        write(f"{r['op']:22}{r['shape']:22}{r['provider']:14}{_number(r['us']):>10}{_number(ratio, 2):>9}{_number(r['mib']):>10}")
-    write(f"written to {out}")
+    result, write = run.result(), terminalreporter.write_line
+    chosen = config.getoption("--bench-dir")
+    on_cpu = run.device.type == "cpu"
+    path = results.save(result, chosen or (Path(tempfile.mkdtemp(prefix="liger-fn-bench-")) if on_cpu else results.FOLDER))
+    write(", ".join(f"{k} {v}" for k, v in (result.machine | {k: f"{v:,.0f}" for k, v in result.limits.items()}).items()))
+    if on_cpu:
+        write("No GPU: wall clock of tiny tensors, which proves the harness and says nothing of speed.")
+    write(f"{'op':22}{'shape':21}{'pass':20}{'provider':15}{'µs':>11}{'MB moved':>10}{'rate':>16}{'÷ floor':>13}{'peak MiB':>10}")
+    for row in result.allowed():
+        write(_line(row))
+    for op, verdict in result.gates.items():
+        if verdict != results.GREEN:
+            write(f"{op}: no figures, its gate is red: {verdict}")
+    write(f"written to {path}")

@@ -1,4 +1,7 @@
-"""The same function from each library: this one, plain PyTorch eager and compiled, PyTorch's own kernel, and liger-kernel if installed."""
+"""The same function from each library: this one, plain PyTorch eager and compiled, PyTorch's own kernel, and liger-kernel if installed.
+
+Each provider takes the arguments of `tests.bench.table` in their order, and returns what liger_fn returns.
+"""
 
 from __future__ import annotations
 
@@ -7,65 +10,107 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import liger_fn
 
-Providers = dict[str, Callable[..., Any]]
+Fn = Callable[..., Any]
+Providers = dict[str, Fn]
+
+OURS, EAGER, COMPILE, NATIVE, LIGER = PROVIDERS = ("liger_fn", "eager", "torch.compile", "native", "liger-kernel")
+EPS, LAYER_EPS = 1e-6, 1e-5  # what the functions take by themselves
+
+# What a figure must be read with.
+NOTES = {
+    (LIGER, "rope"): "with a copy of q and k, which its in-place write makes necessary",
+    (LIGER, "cross_entropy"): "with a copy of the logits, which its in-place write makes necessary",
+    (LIGER, "swiglu"): "its backward writes over its inputs",
+    (LIGER, "geglu"): "its backward writes over its inputs",
+}
 
 
-def _llama_norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+def _llama_norm(x: Tensor, w: Tensor) -> Tensor:
     h = x.float()
-    return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
 
 
-def _plain(name: str) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+def _layer_norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    h = x.float()
+    h = h - h.mean(-1, keepdim=True)
+    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + LAYER_EPS) * w + b).to(x.dtype)
+
+
+def _add_then(norm: Callable[[Tensor, Tensor], Tensor]) -> Fn:
+    def add_norm(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return norm(total, w), total
+
+    return add_norm
+
+
+def _native_norm(x: Tensor, w: Tensor) -> Tensor:
+    return F.rms_norm(x, w.shape, w, EPS)
+
+
+def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+
+    def half(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.cat((-b, a), -1)
+
+    return q * c + half(q) * s, k * c + half(k) * s
+
+
+def _plain(name: str) -> tuple[Fn, Fn | None]:
     """(eager code as Hugging Face writes it, PyTorch's native function where there is one)."""
-
-    def rope(q: Any, k: Any, cos: Any, sin: Any) -> Any:
-        c, s = cos.unsqueeze(1), sin.unsqueeze(1)
-
-        def half(x: Any) -> Any:
-            a, b = x.chunk(2, -1)
-            return torch.cat((-b, a), -1)
-
-        return q * c + half(q) * s, k * c + half(k) * s
-
-    return {
-        "rms_norm": (_llama_norm, lambda x, w: F.rms_norm(x, w.shape, w, 1e-6)),
+    torchs_head = getattr(F, "linear_cross_entropy", None)  # since torch 2.13
+    table: dict[str, tuple[Fn, Fn | None]] = {
+        "rms_norm": (_llama_norm, _native_norm),
+        "add_rms_norm": (_add_then(_llama_norm), _add_then(_native_norm)),
+        "layer_norm": (_layer_norm, lambda x, w, b: F.layer_norm(x, w.shape, w, b, LAYER_EPS)),
+        "softmax": (lambda x: torch.softmax(x.float(), -1).to(x.dtype), lambda x: torch.softmax(x, -1)),
         "swiglu": (lambda gate, up: F.silu(gate) * up, None),
-        "rope": (rope, None),
+        "geglu": (lambda gate, up: F.gelu(gate, approximate="tanh") * up, None),
+        "rope": (_rope, None),
         "cross_entropy": (lambda logits, target: F.cross_entropy(logits.float(), target), None),
-        "linear_cross_entropy": (lambda x, w, target: F.cross_entropy((x @ w.T).float(), target), None),
-    }[name]
+        "linear_cross_entropy": (lambda x, w, target: F.cross_entropy((x @ w.T).float(), target), torchs_head),
+    }
+    return table[name]
 
 
-def _liger_kernel(name: str) -> Callable[..., Any] | None:
+def _liger_kernel(name: str) -> Fn | None:
     try:
         from liger_kernel import ops
-        from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
     except ImportError:
         return None
 
-    return {
-        "rms_norm": lambda x, w: ops.LigerRMSNormFunction.apply(x, w, 1e-6, 0.0, "llama", False),
-        "swiglu": ops.LigerSiLUMulFunction.apply,
-        # its kernel turns q and k where they are: the copies keep the inputs of the next call as they were
+    table: Providers = {
+        "rms_norm": lambda x, w: ops.LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False),
+        "add_rms_norm": lambda x, r, w: ops.LigerFusedAddRMSNormFunction.apply(x, r, w, EPS, 0.0, "llama", False),
+        "layer_norm": lambda x, w, b: ops.LigerLayerNormFunction.apply(x, w, b, LAYER_EPS),
+        "softmax": lambda x: ops.LigerSoftmaxFunction.apply(x),
+        "swiglu": lambda gate, up: ops.LigerSiLUMulFunction.apply(gate, up),
+        "geglu": lambda gate, up: ops.LigerGELUMulFunction.apply(gate, up),
         "rope": lambda q, k, cos, sin: ops.LigerRopeFunction.apply(q.clone(), k.clone(), cos, sin),
-        "cross_entropy": lambda logits, target: LigerCrossEntropyFunction.apply(logits.clone(), target, None)[0],
-        "linear_cross_entropy": lambda x, w, target: LigerFusedLinearCrossEntropyFunction.apply(x, w, target)[0],
-    }[name]
+        "cross_entropy": lambda logits, target: ops.LigerCrossEntropyFunction.apply(logits.clone(), target, None)[0],
+        "linear_cross_entropy": lambda x, w, target: ops.LigerFusedLinearCrossEntropyFunction.apply(x, w, target)[0],
+    }
+    return table[name]
 
 
-def uncompiled(name: str) -> Providers:
-    """Every implementation of `name` there is here but the compiled one, ours first."""
+def uncompiled(name: str, device: torch.device) -> Providers:
+    """Every implementation of `name` there is on `device` but the compiled one, ours first. liger-kernel's are kernels: they need a GPU."""
     eager, native = _plain(name)
-    found = {"liger_fn": getattr(liger_fn, name), "eager": eager, "native": native, "liger-kernel": _liger_kernel(name)}
+    theirs = _liger_kernel(name) if device.type == "cuda" else None
+    found = {OURS: getattr(liger_fn, name), EAGER: eager, NATIVE: native, LIGER: theirs}
     return {k: f for k, f in found.items() if f is not None}
 
 
-def providers(name: str) -> Providers:
-    """The same, and eager code compiled, each shape for itself."""
-    torch._dynamo.reset()
-    found = uncompiled(name)
-    return found | {"compile": torch.compile(found["eager"], dynamic=False)}
+def providers(name: str, device: torch.device) -> Providers:
+    """The same, and eager code compiled, each shape for itself; on a GPU only, since a CPU's compiler takes longer than all the rest."""
+    found = uncompiled(name, device)
+    if device.type == "cuda":
+        torch._dynamo.reset()
+        found[COMPILE] = torch.compile(found[EAGER], dynamic=False)
+    return {k: found[k] for k in PROVIDERS if k in found}

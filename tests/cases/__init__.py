@@ -4,28 +4,55 @@ A new op is a `Table` in its family's file: what it is called, which arguments h
 name, from a `Maker` that knows the device, the dtype and the seed; on the "meta" device the same case is shapes alone.
 """
 
-from .glu import SWIGLU
-from .losses import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, REDUCTIONS, SMALL_BUDGET
-from .norms import RMS_NORM
+from .glu import GEGLU, GEGLU_PACKED, REGLU, RELU_SQUARED, SWIGLU, SWIGLU_MLP, SWIGLU_PACKED
+from .losses import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, REDUCTIONS, SMALL_BUDGET, SOFTMAX
+from .norms import ADD_RMS_NORM, LAYER_NORM, RMS_NORM
 from .rope import ROPE
 from .table import BF16, FP16, FP32, FP64, HALVES, IGNORED, Case, Inputs, Maker, Table
 
-TABLES = {t.op: t for t in (RMS_NORM, SWIGLU, ROPE, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY)}
+TABLES = {
+    t.op: t
+    for t in (
+        RMS_NORM,
+        ADD_RMS_NORM,
+        LAYER_NORM,
+        SWIGLU,
+        GEGLU,
+        REGLU,
+        RELU_SQUARED,
+        SWIGLU_PACKED,
+        GEGLU_PACKED,
+        SWIGLU_MLP,
+        ROPE,
+        CROSS_ENTROPY,
+        LINEAR_CROSS_ENTROPY,
+        SOFTMAX,
+    )
+}
 
 __all__ = [
+    "ADD_RMS_NORM",
     "BF16",
     "CROSS_ENTROPY",
     "FP16",
     "FP32",
     "FP64",
+    "GEGLU",
+    "GEGLU_PACKED",
     "HALVES",
     "IGNORED",
+    "LAYER_NORM",
     "LINEAR_CROSS_ENTROPY",
     "REDUCTIONS",
+    "REGLU",
+    "RELU_SQUARED",
     "RMS_NORM",
     "ROPE",
     "SMALL_BUDGET",
+    "SOFTMAX",
     "SWIGLU",
+    "SWIGLU_MLP",
+    "SWIGLU_PACKED",
     "TABLES",
     "Case",
     "Inputs",

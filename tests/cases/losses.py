@@ -12,11 +12,23 @@ from .table import BF16, FP16, FP32, HALVES, Case, Inputs, Maker, Table
 # --- cross_entropy ----------------------------------------------------------------------------------------------------------------------
 
 
-def _cross_entropy(*shape: int, every: int = 3, scale: float = 2.0, shift: float = 0.0) -> Callable[[Maker], Inputs]:
-    return lambda m: {
-        "logits": m.normal(*shape, scale=scale, shift=shift),
-        "target": m.targets(*shape[:-1], classes=shape[-1], every=every),
-    }
+def _cross_entropy(
+    *shape: int, every: int = 3, scale: float = 2.0, shift: float = 0.0, weight: bool = False, items: int = 0
+) -> Callable[[Maker], Inputs]:  # fmt: skip
+    """Logits and targets; perhaps weights of the classes between 0.5 and 1.5, and the number that a mean divides by."""
+
+    def make(m: Maker) -> Inputs:
+        inputs: Inputs = {
+            "logits": m.normal(*shape, scale=scale, shift=shift),
+            "target": m.targets(*shape[:-1], classes=shape[-1], every=every),
+        }
+        if weight:
+            inputs["weight"] = torch.linspace(0.5, 1.5, shape[-1], device=m.device, dtype=FP32)
+        if items:
+            inputs["num_items"] = torch.tensor(items, device=m.device)
+        return inputs
+
+    return make
 
 
 def _logits_where(value: float, *shape: int) -> Callable[[Maker], Inputs]:
@@ -35,6 +47,7 @@ def _logits_where(value: float, *shape: int) -> Callable[[Maker], Inputs]:
 
 
 REDUCTIONS = ("mean", "sum", "none")
+EVERYTHING = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 5.0}
 
 CROSS_ENTROPY = Table(
     op="cross_entropy",
@@ -43,14 +56,25 @@ CROSS_ENTROPY = Table(
         "logits",
         "target",
     ),
-    typical=Case("typical", _cross_entropy(2, 5, 63)),
-    sized=lambda n: Case(f"{n}-rows", _cross_entropy(n, 40)),
+    typical=Case("typical", _cross_entropy(2, 5, 63, weight=True, items=11), EVERYTHING),
+    sized=lambda n: Case(f"{n}-rows", _cross_entropy(n, 40, weight=True), EVERYTHING),
     cases=(
         *(Case(f"1x63-{r}", _cross_entropy(1, 63, every=0), {"reduction": r}, draws=32) for r in REDUCTIONS),
         *(Case(f"7x1000-{r}", _cross_entropy(7, 1000), {"reduction": r}, dtypes=HALVES, draws=8) for r in REDUCTIONS),
         *(Case(f"3d-{r}", _cross_entropy(2, 3, 63), {"reduction": r}, draws=8) for r in REDUCTIONS),
         *(Case(f"no-rows-{r}", _cross_entropy(0, 63), {"reduction": r}) for r in REDUCTIONS),
         *(Case(f"all-ignored-{r}", _cross_entropy(5, 63, every=1), {"reduction": r}) for r in REDUCTIONS),
+        *(Case(f"weights-{r}", _cross_entropy(9, 63, weight=True), {"reduction": r}, draws=8) for r in REDUCTIONS),
+        *(Case(f"smoothing-{r}", _cross_entropy(9, 63), {"reduction": r, "label_smoothing": 0.1}, draws=8) for r in REDUCTIONS),
+        *(Case(f"z-{r}", _cross_entropy(9, 63), {"reduction": r, "z_loss": 1e-2}, draws=8) for r in REDUCTIONS),
+        *(Case(f"softcap-{r}", _cross_entropy(9, 63), {"reduction": r, "softcap": 5.0}, draws=8) for r in REDUCTIONS),
+        *(Case(f"everything-{r}", _cross_entropy(9, 63, weight=True), {"reduction": r, **EVERYTHING}, draws=8) for r in REDUCTIONS),
+        Case("everything-40000", _cross_entropy(2, 40000, every=0, weight=True), EVERYTHING, draws=8),
+        Case("all-ignored-everything", _cross_entropy(5, 63, every=1, weight=True), EVERYTHING),
+        Case("smoothing-1", _cross_entropy(9, 63), {"label_smoothing": 1.0}, draws=8),
+        Case("softcap-30", _cross_entropy(9, 63, scale=20.0), {"softcap": 30.0}, dtypes=HALVES, draws=8),
+        Case("softcap-small", _cross_entropy(9, 63, scale=1e-3), {"softcap": 30.0, "reduction": "none"}, draws=8),
+        Case("items-7", _cross_entropy(9, 63, items=7), draws=8),
         Case("one-logit-row", _cross_entropy(63, every=0), draws=32),
         Case("one-class", _cross_entropy(4, 1)),
         Case("40000-classes", _cross_entropy(2, 40000, every=0), draws=4),
@@ -64,16 +88,22 @@ CROSS_ENTROPY = Table(
         Case("zero", _cross_entropy(5, 63, scale=0.0), {"reduction": "none"}),
         Case("minus-infinity", _logits_where(-math.inf, 6, 63), {"reduction": "none"}),
         Case("nan", _logits_where(math.nan, 6, 63), {"reduction": "none"}),
+        Case("softcap-1e4", _cross_entropy(5, 63, scale=1e4), {"softcap": 30.0}),
+        Case("minus-infinity-everything", _logits_where(-math.inf, 6, 63), {"reduction": "none", **EVERYTHING}),
+        Case("minus-infinity-smoothing", _logits_where(-math.inf, 6, 63), {"reduction": "none", "label_smoothing": 0.1}),
+        Case("nan-everything", _logits_where(math.nan, 6, 63), {"reduction": "none", **EVERYTHING}),
         Case("large-cotangent", _cross_entropy(5, 63), {"reduction": "none"}, scale=1e4),
     ),
     launches=(
         Case("8192x128256", _cross_entropy(8192, 128256)),
         Case("8192x32000", _cross_entropy(8192, 32000)),
+        Case("everything-8192x128256", _cross_entropy(8192, 128256, weight=True), EVERYTHING),
         Case("4096x1000", _cross_entropy(4096, 1000), {"reduction": "none"}),
     ),
     on_gpu=(
         *(Case(f"1000x128256-{r}", _cross_entropy(1000, 128256), {"reduction": r}, draws=4) for r in REDUCTIONS),
         Case("63x262145", _cross_entropy(63, 262145), {"reduction": "none"}),
+        *(Case(f"everything-1000x50257-{r}", _cross_entropy(1000, 50257, weight=True), {"reduction": r, **EVERYTHING}) for r in REDUCTIONS),
     ),
     large=Case("large", _cross_entropy(2**31 // 128256 + 3, 128256, every=0), {"reduction": "none"}, dtypes=(BF16,)),
 )
@@ -148,4 +178,56 @@ LINEAR_CROSS_ENTROPY = Table(
         ),
     ),
     large=Case("large", _linear_cross_entropy(2**31 // 4096 + 3, 4096, v=1000, every=0), {"reduction": "none"}, dtypes=(BF16,)),
+)
+
+# --- softmax ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _softmax(*shape: int, scale: float = 2.0, shift: float = 0.0) -> Callable[[Maker], Inputs]:
+    return lambda m: {"x": m.normal(*shape, scale=scale, shift=shift)}
+
+
+def _softmax_where(value: float, *shape: int) -> Callable[[Maker], Inputs]:
+    """Every third element at a special value."""
+
+    def make(m: Maker) -> Inputs:
+        x = m.normal(*shape)
+        return {"x": x.masked_fill(torch.arange(shape[-1], device=m.device) % 3 == 1, value)}
+
+    return make
+
+
+SOFTMAX = Table(
+    op="softmax",
+    diff=("x",),
+    rows=("x",),
+    typical=Case("typical", _softmax(2, 5, 63)),
+    sized=lambda n: Case(f"{n}-rows", _softmax(n, 3, 40)),
+    cases=(
+        Case("1x1", _softmax(1, 1), draws=8),
+        Case("1x63", _softmax(1, 63), draws=8, dtypes=HALVES),
+        Case("7x1000", _softmax(7, 1000), dtypes=HALVES),
+        Case("vector", _softmax(63), draws=8),
+        Case("no-rows", _softmax(0, 63)),
+        Case("no-rows-3d", _softmax(3, 0, 8)),
+        Case("64x128", _softmax(64, 128)),
+        Case("2x40000", _softmax(2, 40000), draws=4),
+    ),
+    hostile=(
+        Case("1e4", _softmax(5, 63, scale=1e4), dtypes=HALVES),
+        Case("shifted", _softmax(5, 63, shift=3e4), dtypes=(FP32, FP16)),
+        Case("zero", _softmax(5, 63, scale=0.0)),
+        Case("minus-infinity", _softmax_where(-math.inf, 6, 63)),
+        Case("minus-infinity-wide", _softmax_where(-math.inf, 2, 40000)),
+        Case("nan", _softmax_where(math.nan, 6, 63)),
+        Case("infinity", _softmax_where(math.inf, 6, 63)),
+        Case("large-cotangent", _softmax(5, 63), scale=1e4),
+    ),
+    launches=(
+        Case("8192x4096", _softmax(8192, 4096)),
+        Case("8192x128256", _softmax(8192, 128256)),
+        Case("65536x128", _softmax(65536, 128)),
+    ),
+    on_gpu=(Case("4096x4096", _softmax(4096, 4096)), Case("1000x128256", _softmax(1000, 128256)), Case("70000x127", _softmax(70000, 127))),
+    large=Case("large", _softmax(2**31 // 4096 + 3, 4096), dtypes=(BF16,)),
 )

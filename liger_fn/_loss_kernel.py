@@ -1,0 +1,245 @@
+"""The rows of a cross entropy as one kernel; the math is in `_loss_rows`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._launch import as_rows, jit, launch, next_power_of_2, registers, tl, warps
+from ._loss_rows import PLAIN, Terms
+
+
+@jit
+def _exp(x, EXACT: tl.constexpr):
+    """exp(x) for x ≤ 0. The hardware's exp2 of the rounded product x log₂e is off by |x| roundings, which fp32 logits would show."""
+    if EXACT:
+        x = tl.where(x < -120.0, -120.0, x)  # exp is 0 there, and -inf would make NaN below
+        t = x * 1.4426950408889634
+        rest = tl.fma(x, 1.4426950216293335, -t) + x * 1.92596298909109e-08
+        return tl.exp2(t) * (1.0 + rest * 0.6931471805599453)
+    return tl.exp(x)
+
+
+@jit
+def _log1p(x):
+    """log(1 + x) for x ≥ 0; for a small x, whose digits 1 + x would lose, the series of 2 artanh(x / (2 + x))."""
+    z = x / (2.0 + x)
+    z2 = z * z
+    series = 2.0 * z * (1.0 + z2 * (0.3333333333333333 + z2 * (0.2 + z2 * 0.14285714285714285)))
+    return tl.where(x < 0.1, series, tl.log(1.0 + x))
+
+
+@jit
+def _expm1(x, EXACT: tl.constexpr):
+    """exp(x) − 1 for x ≤ 0; for a small one, where that cancels, the series."""
+    series = x * (1.0 + x * (0.5 + x * (0.16666666666666666 + x * (0.041666666666666664 + x * 0.008333333333333333))))
+    return tl.where(x > -0.1, series, _exp(x, EXACT) - 1.0)
+
+
+@jit
+def _capped(logits, cap, CAP: tl.constexpr, EXACT: tl.constexpr):
+    """cap tanh(logits / cap), to the last digit where that is small."""
+    if CAP:
+        e = _expm1(-2.0 * tl.abs(logits / cap), EXACT)
+        t = cap * e / (2.0 + e)
+        return tl.where(logits < 0.0, t, -t)
+    return logits
+
+
+@jit
+def _slope(logits, cap, EXACT: tl.constexpr):
+    """Its derivative, 4 e / (1 + e)² with e = exp(−2 |logits| / cap)."""
+    e = _exp(-2.0 * tl.abs(logits / cap), EXACT)
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@jit
+def _weights(w_ptr, at, V):
+    """Class weights; 1 for each without."""
+    if w_ptr is not None:
+        return tl.load(w_ptr + at, mask=at < V, other=0.0).to(tl.float32)
+    return tl.where(at < V, 1.0, 0.0)
+
+
+@jit
+def _rows_kernel(
+    logits_ptr, target_ptr, stats_ptr, loss_ptr, aux_ptr, grad_ptr, scale_ptr, divisor_ptr, w_ptr, whole_ptr,
+    stride, target_stride, grad_stride, scale_stride, V, ignore_index, smoothing, z, cap,
+    SMOOTH: tl.constexpr, CAP: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(target_ptr + row * target_stride).to(tl.int64)
+    counted = y != ignore_index
+    legal = (y >= 0) & (y < V)
+    a_at = logits_ptr + row * stride
+    block = tl.arange(0, BLOCK)
+    nan = float("nan")
+    none = float("-inf")
+    a_y = tl.load(a_at + y, mask=counted & legal, other=nan).to(tl.float32)  # before the gradient may overwrite it
+    slope_y = 1.0
+    if CAP:
+        slope_y = _slope(a_y, cap, EXACT)
+    a_y = _capped(a_y, cap, CAP, EXACT)
+    w_y = 1.0
+    if w_ptr is not None:
+        w_y = tl.load(w_ptr + y, mask=counted & legal, other=0.0).to(tl.float32)
+    share = smoothing / V
+    whole = smoothing
+    if whole_ptr is not None:
+        whole = share * tl.load(whole_ptr)
+    mine = (1.0 - smoothing) * w_y
+
+    # The block of the target is apart, so that no other block compares columns: first for the loss, last for the gradient, which goes the
+    # same way backwards, from what is still in the cache.
+    blocks = tl.cdiv(V, BLOCK)
+    place = tl.where(legal, y, 0).to(tl.int32)
+    home = place // BLOCK
+    col = home * BLOCK + block
+
+    if loss_ptr is not None:
+        top = 0.0
+        rest = 0.0
+        loss = 0.0
+        log_p = 0.0
+        entropy = 0.0
+        if counted:
+            a = tl.load(a_at + col, mask=col < V, other=none).to(tl.float32)
+            if CAP:
+                a = tl.where(col < V, _capped(a, cap, CAP, EXACT), none)
+            top = tl.max(a, 0)
+            e = _exp(a - tl.where(top == none, 0.0, top), EXACT)
+            others = tl.sum(tl.where(col == place, 0.0, e), 0)
+            spread = 0.0
+            if SMOOTH:
+                spread = tl.sum(tl.where(col < V, _weights(w_ptr, col, V) * (a - a_y), 0.0), 0)
+            total = tl.sum(e, 0)
+            tilt = 0.0  # Σ exp(a − m) (a − m)
+            if aux_ptr is not None:
+                tilt = tl.sum(tl.where(e > 0.0, e * (a - top), 0.0), 0)
+            for i in range(1, blocks):
+                at = home + i
+                at = tl.where(at < blocks, at, at - blocks) * BLOCK + block
+                a = tl.load(a_at + at, mask=at < V, other=none).to(tl.float32)
+                if CAP:
+                    a = tl.where(at < V, _capped(a, cap, CAP, EXACT), none)
+                new = tl.maximum(top, tl.max(a, 0))
+                shift = tl.where(new == none, 0.0, new)
+                e = _exp(a - shift, EXACT)
+                more = tl.sum(e, 0)
+                fade = _exp(top - shift, EXACT)
+                others = others * fade + more
+                if aux_ptr is not None:
+                    sunk = tl.where(top == none, 0.0, top - shift)
+                    tilt = (tilt + sunk * total) * fade + tl.sum(tl.where(e > 0.0, e * (a - shift), 0.0), 0)
+                    total = total * fade + more
+                top = new
+                if SMOOTH:
+                    spread += tl.sum(tl.where(at < V, _weights(w_ptr, at, V) * (a - a_y), 0.0), 0)
+            rest = tl.where(a_y == top, _log1p(others), tl.log(others + _exp(a_y - top, EXACT)))
+            nll = rest - (a_y - top)
+            loss = mine * nll
+            if SMOOTH:
+                loss += whole * nll - share * spread
+            loss += z * (top + rest) * (top + rest)
+            log_p = -nll
+            entropy = rest - tilt / total
+        tl.store(stats_ptr + 2 * row, top)
+        tl.store(stats_ptr + 2 * row + 1, rest)
+        tl.store(loss_ptr + row, loss)
+        if aux_ptr is not None:
+            rows = tl.num_programs(0).to(tl.int64)
+            tl.store(aux_ptr + row, top + rest)
+            tl.store(aux_ptr + rows + row, log_p)
+            tl.store(aux_ptr + 2 * rows + row, entropy)
+            tl.store(aux_ptr + 3 * rows + row, tl.where(counted & (a_y == top), 1.0, 0.0))
+    else:
+        top = tl.load(stats_ptr + 2 * row)
+        rest = tl.load(stats_ptr + 2 * row + 1)
+
+    if grad_ptr is not None:
+        scale = 1.0
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + row * scale_stride).to(tl.float32)
+        if divisor_ptr is not None:
+            scale = scale / tl.load(divisor_ptr).to(tl.float32)
+        scale = tl.where(legal, scale, nan)
+        g_at = grad_ptr + row * grad_stride
+        pull = 2.0 * z * (top + rest)
+        mass = mine + whole
+        factor = (mass + pull) * scale
+        tl.debug_barrier()  # every read of the target's logit is done
+        for i in range(1, blocks):
+            at = home - i
+            at = tl.where(at < 0, at + blocks, at) * BLOCK + block
+            if counted:
+                a = tl.load(a_at + at, mask=at < V, other=0.0, eviction_policy="evict_first").to(tl.float32)
+                g = _exp(_capped(a, cap, CAP, EXACT) - top - rest, EXACT) * factor
+                if SMOOTH:
+                    g -= share * scale * _weights(w_ptr, at, V)
+                if CAP:
+                    g *= _slope(a, cap, EXACT)
+            else:
+                g = tl.zeros((BLOCK,), tl.float32)
+            tl.store(g_at + at, g.to(grad_ptr.dtype.element_ty), mask=at < V, cache_modifier=".cs")
+        if counted:
+            a = tl.load(a_at + col, mask=col < V, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            g = _exp(_capped(a, cap, CAP, EXACT) - top - rest, EXACT) * factor
+            if SMOOTH:
+                g -= share * scale * _weights(w_ptr, col, V)
+            if CAP:
+                g *= _slope(a, cap, EXACT)
+            x = a_y - top - rest
+            g_y = _expm1(x, EXACT) * mass + _exp(x, EXACT) * pull + whole - share * w_y
+            g = tl.where(col == place, g_y * slope_y * scale, g)
+        else:
+            g = tl.zeros((BLOCK,), tl.float32)
+        tl.store(g_at + col, g.to(grad_ptr.dtype.element_ty), mask=col < V, cache_modifier=".cs")
+
+
+class _Tile(NamedTuple):
+    """Columns that a program holds at a time, how many of them a warp holds, and the most registers a thread may have (None: any)."""
+
+    columns: int
+    per_warp: int
+    registers: int | None
+
+
+def _tile(v: int, size: int, writes: bool) -> _Tile:
+    """For rows of `v` logits of `size` bytes. H100: rows are read at 1.01, written at 1.04 of a copy's rate; both in one launch, 8192 ×
+    128256 in bf16 take 1.29 and 8192 × 32000 take 1.15 of a copy, since the second reading finds most of a row in L2.
+    """
+    if not writes:
+        return _Tile(8192, 1024, None)
+    columns = 16384 if v > 65536 or v <= 16384 else 8192
+    return _Tile(columns, 512, 32 if size == 2 and v > columns else None)
+
+
+def kernel_rows(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    terms: Terms = PLAIN,
+    *,
+    stats: Tensor,
+    loss: Tensor | None = None,
+    aux: Tensor | None = None,
+    grad: Tensor | None = None,
+    scale: Tensor | None = None,
+    divisor: Tensor | None = None,
+) -> None:
+    """`Rows` in one Triton launch."""
+    logits = as_rows(logits)
+    n, v = logits.shape
+    weight, smoothing, z, cap = terms
+    whole = weight.sum(dtype=torch.float32) if weight is not None and smoothing else None
+    tile = _tile(v, logits.element_size(), grad is not None)
+    block = min(next_power_of_2(v), tile.columns)
+    launch(
+        _rows_kernel, (n,), logits.device,
+        logits, target, stats, loss, aux, grad, scale, divisor, weight, whole, logits.stride(0), target.stride(0),
+        0 if grad is None else grad.stride(0), 0 if scale is None or scale.numel() == 1 else scale.stride(0), v, ignore_index,
+        smoothing, z, cap, SMOOTH=smoothing != 0.0, CAP=cap != 0.0, EXACT=logits.dtype is torch.float32,
+        BLOCK=block, num_warps=warps(block, tile.per_warp, least=4), **registers(tile.registers),
+    )  # fmt: skip

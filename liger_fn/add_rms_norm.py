@@ -1,0 +1,255 @@
+r"""A residual connection and the RMSNorm behind it, in one pass over memory.
+
+    s = x + residual              r = rsqrt(mean(s²) + eps)        y = s r (w + offset)
+    g = dy (w + offset)           dx = dresidual = ds + r g − s r³ mean(g s)               dw = Σ_rows dy s r
+
+where ds is the cotangent of s, which is an output too: the residual of what follows. Residuals: s, w, and r in fp32, one per row. An
+operator may not return one tensor twice, so on that path (`_composable.py`) x and residual stand for s, and backward adds them again.
+Source: Zhang & Sennrich 2019, arXiv:1910.07467.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _check
+from ._check import wide
+from ._launch import as_rows, cdiv, jit, launch, processors, tl
+from ._norm_rows import RESIDENT, WIDEST, finish, partial, tile, wide_bwd, wide_fwd
+from ._vjp import Args, Needs, custom_vjp
+from .rms_norm import Cast, rms_norm
+
+BWD_PER_WARP = 512  # elements a warp holds in backward, of s, dy, ds and dw
+
+
+class Residuals(NamedTuple):
+    """What the backward of `add_rms_norm` needs: `s`, the second output itself; or, where `s` is empty, its terms."""
+
+    s: Tensor
+    x: Tensor | None
+    residual: Tensor | None
+    weight: Tensor | None
+    rstd: Tensor
+    offset: float
+
+
+# --- definition -------------------------------------------------------------------------------------------------------------------------
+
+
+def _reference(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    s = x + residual
+    return rms_norm.reference(s, weight, eps, offset=offset, cast=cast), s  # type: ignore[arg-type]
+
+
+def _sum(res: Residuals) -> Tensor:
+    return res.s if res.x is None or res.residual is None else res.x + res.residual
+
+
+def _plain_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str, needs: Needs
+) -> tuple[tuple[Tensor, Tensor], Residuals]:  # fmt: skip
+    y, s = _reference(x, residual, weight, eps, offset, cast)
+    return (y, s), Residuals(s, None, None, weight, torch.rsqrt(wide(s).square().mean(-1) + eps), offset)
+
+
+def _plain_bwd(res: Residuals, dy: tuple[Tensor, Tensor], needs: Needs, donate: bool) -> tuple[Tensor | None, ...]:
+    _, _, _, weight, rstd, offset = res
+    s = _sum(res)
+    d, sw, r = wide(dy[0]), wide(s), rstd.unsqueeze(-1)
+    dx = dw = None
+    if needs[0] or needs[1]:
+        g = d if weight is None else d * (wide(weight) + offset)
+        dx = (wide(dy[1]) + (r * g - sw * r**3 * (g * sw).mean(-1, keepdim=True))).to(s.dtype)
+    if needs[2] and weight is not None:
+        dw = (d * sw * r).reshape(-1, s.shape[-1]).sum(0).to(weight.dtype)
+    again = dx.clone() if dx is not None and needs[0] and not donate else dx
+    return dx if needs[0] else None, again if needs[1] else None, dw
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _fwd_kernel(
+    x_ptr, res_ptr, w_ptr, y_ptr, s_ptr, r_ptr, x_stride, res_stride, N, H, eps, offset,
+    LLAMA: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)[None, :]
+    keep = (row < N)[:, None] & (col < H)
+    x = tl.load(x_ptr + row[:, None] * x_stride + col, mask=keep, other=0.0).to(tl.float32)
+    x += tl.load(res_ptr + row[:, None] * res_stride + col, mask=keep, other=0.0).to(tl.float32)
+    s = x.to(s_ptr.dtype.element_ty)
+    tl.store(s_ptr + row[:, None] * H + col, s, mask=keep)
+    s = s.to(tl.float32)
+    r = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(s * s, 1), H * 1.0) + eps))
+    y = s * r[:, None]
+    if LLAMA:
+        y = y.to(s_ptr.dtype.element_ty).to(tl.float32)
+    if w_ptr is not None:
+        y *= tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32) + offset
+    tl.store(y_ptr + row[:, None] * H + col, y.to(y_ptr.dtype.element_ty), mask=keep)
+    tl.store(r_ptr + row, r, mask=row < N)
+
+
+@jit
+def _bwd_kernel(
+    dy_ptr, ds_ptr, s_ptr, res_ptr, w_ptr, r_ptr, dx_ptr, again_ptr, dw_ptr, dy_stride, ds_stride, s_stride, res_stride, N, H, offset,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    pid = tl.program_id(0)
+    col = tl.arange(0, BLOCK)[None, :]
+    if w_ptr is not None:
+        w = tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32) + offset
+    dw = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(pid * ROWS, N, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS).to(tl.int64)
+        keep = (row < N)[:, None] & (col < H)
+        s = tl.load(s_ptr + row[:, None] * s_stride + col, mask=keep, other=0.0).to(tl.float32)
+        if res_ptr is not None:
+            s += tl.load(res_ptr + row[:, None] * res_stride + col, mask=keep, other=0.0).to(tl.float32)
+            s = s.to(s_ptr.dtype.element_ty).to(tl.float32)
+        dy = tl.load(dy_ptr + row[:, None] * dy_stride + col, mask=keep, other=0.0).to(tl.float32)
+        r = tl.load(r_ptr + row, mask=row < N, other=0.0)[:, None]
+        sr = s * r
+        if dx_ptr is not None:
+            ds = tl.load(ds_ptr + row[:, None] * ds_stride + col, mask=keep, other=0.0)
+            g = dy
+            if w_ptr is not None:
+                g = dy * w
+            dx = r * (g - sr * tl.div_rn(tl.sum(g * sr, 1), H * 1.0)[:, None]) + ds.to(tl.float32)
+            dx = dx.to(dx_ptr.dtype.element_ty)
+            tl.store(dx_ptr + row[:, None] * H + col, dx, mask=keep)
+            if again_ptr is not None:
+                tl.store(again_ptr + row[:, None] * H + col, dx, mask=keep)
+        if dw_ptr is not None:
+            dw += dy * sr
+    if dw_ptr is not None:
+        tl.store(dw_ptr + pid.to(tl.int64) * H + col, tl.sum(dw, 0)[None, :].to(dw_ptr.dtype.element_ty), mask=col < H)
+
+
+# --- forward and backward ---------------------------------------------------------------------------------------------------------------
+
+
+def _made(x: Tensor, weight: Tensor | None, cast: str) -> tuple[Tensor, Tensor, Tensor]:
+    """y, s and rstd."""
+    dtype = x.dtype if weight is None or cast == "gemma" else torch.promote_types(x.dtype, weight.dtype)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=_check.wide_dtype(x))
+
+
+def _outputs(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str, needs: Needs
+) -> tuple[Tensor, Tensor, None, Tensor]:  # fmt: skip
+    y, s, rstd = _made(x, weight, cast)
+    return y, s, None, rstd  # operators do not return s again
+
+
+def _gradients(res: Residuals, dy: tuple[Tensor, Tensor], needs: Needs) -> tuple[Tensor | None, ...]:
+    ds, weight = dy[1], res.weight
+    dx, dresidual = (ds.new_empty(ds.shape, dtype=res.s.dtype) if n else None for n in needs[:2])
+    return dx, dresidual, torch.empty_like(weight) if needs[2] and weight is not None else None
+
+
+def _fwd(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str, needs: Needs
+) -> tuple[tuple[Tensor, Tensor], Residuals]:  # fmt: skip
+    y, s, rstd = _made(x, weight, cast)
+    xs, rs = as_rows(x), as_rows(residual)
+    n, h = xs.shape
+    if h > RESIDENT:
+        wide_fwd(xs, weight, y, rstd, eps, offset=offset, llama=cast == "llama", add=rs, s=s)
+    else:
+        t = tile(h)
+        launch(
+            _fwd_kernel, (cdiv(n, t.rows),), x.device,
+            xs, rs, weight, y, s, rstd, xs.stride(0), rs.stride(0), n, h, eps, offset,
+            LLAMA=cast == "llama", ROWS=t.rows, BLOCK=t.columns, num_warps=t.warps,
+        )  # fmt: skip
+    return (y, s), Residuals(s, None, None, weight, rstd, offset)
+
+
+def _bwd(res: Residuals, dy: tuple[Tensor, Tensor], needs: Needs, donate: bool) -> tuple[Tensor | None, ...]:
+    s, x, residual, weight, rstd, offset = res
+    # Both gradients are one number. Where memory may be reused they are one tensor, as those of PyTorch's own addition are: autograd
+    # adds in place only to what nobody else holds. Else each is a tensor of its own, written by the same kernel.
+    shared = donate and needs[0] and needs[1]
+    dx, dresidual, dw = _gradients(res, dy, (needs[0], needs[1] and not shared, needs[2]))
+    first, again = (dresidual, None) if dx is None else (dx, dresidual)
+    dys, dss = as_rows(dy[0]), None if first is None else as_rows(dy[1])
+    n, h = dys.shape
+    if h > RESIDENT:
+        wide_bwd(dys, as_rows(_sum(res)), weight, rstd, first, dw, offset=offset, ds=dss, again=again)
+    else:
+        rows, adds = as_rows(s if x is None else x), None if residual is None else as_rows(residual)
+        t = tile(h, BWD_PER_WARP)
+        programs = min(cdiv(n, t.rows), t.resident * processors(s.device))
+        dws = partial(dw, programs, rstd)
+        launch(
+            _bwd_kernel, (programs,), s.device,
+            dys, dss, rows, adds, weight, rstd, first, again, dws, dys.stride(0), 0 if dss is None else dss.stride(0), rows.stride(0),
+            0 if adds is None else adds.stride(0), n, h, offset, ROWS=t.rows, BLOCK=t.columns, num_warps=t.warps,
+        )  # fmt: skip
+        finish(dws, dw)
+    return dx, dx if shared else dresidual, dw
+
+
+# --- public function --------------------------------------------------------------------------------------------------------------------
+
+
+@custom_vjp(
+    residuals=Residuals,
+    kernels=(_fwd, _bwd),
+    plain=(_plain_fwd, _plain_bwd),
+    reference=_reference,
+    outputs=_outputs,
+    gradients=_gradients,
+    cotangents=lambda res: ((res.s if res.x is None else res.x).shape,) * 2,
+    diff=3,
+    n_out=2,
+)
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0, cast: Cast = "llama"
+) -> Args:
+    r"""A residual connection and the RMSNorm of the sum: `s = x + residual`, `y = s rsqrt(mean(s²) + eps) (weight + offset)`.
+
+    Args:
+        x: `[..., H]`, any strides, H at least 1: what the last block adds; float32, bfloat16, float16 (kernels) or float64 (plain PyTorch).
+        residual: of x's shape and dtype: what it is added to.
+        weight: `[H]`, or None for no scale; any float dtype.
+        eps: added to the mean square.
+        offset: added to the weight; 1 for the Gemma family, whose weights are stored around zero.
+        cast: where values are rounded, as in `rms_norm`.
+
+    Returns:
+        `(y, s)`: the norm's output, and the sum, the residual of the next block. s is rounded to x's dtype, as `x + residual` is, and y is
+        the norm of the rounded sum. Gradients: x, residual and weight. Those of x and residual are equal; autograd, or `bwd` with
+        `donate`, may return one tensor for both, as for `x + residual`, so copy one before you write to it.
+
+    Raises:
+        TypeError: a tensor is not of a float dtype, or x and residual differ in dtype.
+        ValueError: shapes or devices differ, weight is not `[H]`, H is zero or over 2³¹ − 2¹⁶, x is 0-dimensional, unknown `cast`.
+
+    Example:
+        >>> y, s = liger_fn.add_rms_norm(torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, 3.0]]), eps=0.0)
+        >>> y, s
+        (tensor([[0.8485, 1.1314]]), tensor([[3., 4.]]))
+
+    Source: Zhang & Sennrich 2019, arXiv:1910.07467.
+    """
+    _check.floating("add_rms_norm", x=x, residual=residual)
+    _check.optional("add_rms_norm", weight=weight)
+    if x.dim() == 0 or not 0 < x.shape[-1] <= WIDEST:
+        raise ValueError(f"add_rms_norm: the last axis of x must have 1 to {WIDEST} elements, got shape {list(x.shape)}; reshape x")
+    _check.shape("add_rms_norm", "residual", residual, x.shape, "the shape of x")
+    _check.same_dtype("add_rms_norm", x, residual=residual)
+    if weight is not None:
+        _check.shape("add_rms_norm", "weight", weight, x.shape[-1:], "the last axis of x")
+        weight = weight.contiguous()
+    _check.same_device("add_rms_norm", x, residual=residual, weight=weight)
+    _check.choice("add_rms_norm", "cast", cast, ("llama", "gemma", "none"))
+    return x, residual, weight, float(eps), float(offset), cast

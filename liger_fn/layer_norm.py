@@ -1,0 +1,224 @@
+r"""LayerNorm: centre each row, divide it by its standard deviation, then scale and shift.
+
+    m = mean(x)        r = rsqrt(mean((x − m)²) + eps)        x̂ = (x − m) r        y = x̂ w + b
+    g = dy w           dx = r (g − mean(g) − x̂ mean(g x̂))     dw = Σ_rows dy x̂      db = Σ_rows dy
+
+Residuals: x, w, b (for its dtype), and m and r in fp32, one of each per row. Source: Ba, Kiros & Hinton 2016, arXiv:1607.06450.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _check
+from ._check import wide
+from ._launch import as_rows, cdiv, jit, launch, processors, tl
+from ._norm_rows import RESIDENT, WIDEST, finish, partial, tile, wide_bwd, wide_fwd
+from ._vjp import Args, Needs, custom_vjp
+
+SUMMED = 16384  # columns whose dw and db a program can hold: of wider rows they, and what they displace, would lie in memory
+BWD_PER_WARP = 512  # elements a warp holds in backward, beside as many of dw and of db
+
+
+class Residuals(NamedTuple):
+    """What the backward of `layer_norm` needs."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    rstd: Tensor
+
+
+# --- definition -------------------------------------------------------------------------------------------------------------------------
+
+
+def _reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    w, b = (t if t is None else wide(t).to(_check.wide_dtype(x)) for t in (weight, bias))
+    return F.layer_norm(wide(x), x.shape[-1:], w, b, eps).to(x.dtype)
+
+
+def _plain_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, needs: Needs) -> tuple[Tensor, Residuals]:
+    mean = wide(x).mean(-1, keepdim=True)
+    mean = mean + (wide(x) - mean).mean(-1, keepdim=True)  # what the first sum rounded off: of a large mean, it shows
+    rstd = torch.rsqrt((wide(x) - mean).square().mean(-1) + eps)
+    return _reference(x, weight, bias, eps), Residuals(x, weight, bias, mean.flatten(), rstd.flatten())
+
+
+def _plain_bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor | None, ...]:
+    x, weight, bias, mean, rstd = res
+    m, r = (t.view(*x.shape[:-1], 1) for t in (mean, rstd))
+    dyw, xr = wide(dy), (wide(x) - m) * r
+    dx = dw = db = None
+    if needs[0]:
+        g = dyw if weight is None else dyw * wide(weight)
+        dx = (r * (g - g.mean(-1, keepdim=True) - xr * (g * xr).mean(-1, keepdim=True))).to(x.dtype)
+    if needs[1] and weight is not None:
+        dw = (dyw * xr).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+    if needs[2] and bias is not None:
+        db = dyw.reshape(-1, x.shape[-1]).sum(0).to(bias.dtype)
+    return dx, dw, db
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _fwd_kernel(x_ptr, w_ptr, b_ptr, y_ptr, m_ptr, r_ptr, stride, N, H, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)[None, :]
+    keep = (row < N)[:, None] & (col < H)
+    x = tl.load(x_ptr + row[:, None] * stride + col, mask=keep, other=0.0).to(tl.float32)
+    m = tl.div_rn(tl.sum(x, 1), H * 1.0)
+    m += tl.div_rn(tl.sum(tl.where(keep, x - m[:, None], 0.0), 1), H * 1.0)  # what the first sum rounded off
+    x = tl.where(keep, x - m[:, None], 0.0)
+    r = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(x * x, 1), H * 1.0) + eps))
+    y = x * r[:, None]
+    if w_ptr is not None:
+        y *= tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32)
+    if b_ptr is not None:
+        y += tl.load(b_ptr + col, mask=col < H, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row[:, None] * H + col, y.to(y_ptr.dtype.element_ty), mask=keep)
+    tl.store(m_ptr + row, m, mask=row < N)
+    tl.store(r_ptr + row, r, mask=row < N)
+
+
+@jit
+def _bwd_kernel(
+    dy_ptr, x_ptr, w_ptr, m_ptr, r_ptr, dx_ptr, dw_ptr, db_ptr, dy_stride, stride, N, H, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    pid = tl.program_id(0)
+    col = tl.arange(0, BLOCK)[None, :]
+    if w_ptr is not None:
+        w = tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32)
+    dw = tl.zeros((ROWS, BLOCK), tl.float32)
+    db = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(pid * ROWS, N, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS).to(tl.int64)
+        keep = (row < N)[:, None] & (col < H)
+        dy = tl.load(dy_ptr + row[:, None] * dy_stride + col, mask=keep, other=0.0).to(tl.float32)
+        if dx_ptr is not None or dw_ptr is not None:
+            x = tl.load(x_ptr + row[:, None] * stride + col, mask=keep, other=0.0).to(tl.float32)
+            m = tl.load(m_ptr + row, mask=row < N, other=0.0)[:, None]
+            r = tl.load(r_ptr + row, mask=row < N, other=0.0)[:, None]
+            xr = (x - m) * r
+        if dx_ptr is not None:
+            g = dy
+            if w_ptr is not None:
+                g = dy * w
+            c1 = tl.div_rn(tl.sum(g, 1), H * 1.0)[:, None]
+            c2 = tl.div_rn(tl.sum(g * xr, 1), H * 1.0)[:, None]
+            dx = r * (g - c1 - xr * c2)
+            tl.store(dx_ptr + row[:, None] * H + col, dx.to(dx_ptr.dtype.element_ty), mask=keep)
+        if dw_ptr is not None:
+            dw += dy * xr
+        if db_ptr is not None:
+            db += dy
+    at = pid.to(tl.int64) * H + col
+    if dw_ptr is not None:
+        tl.store(dw_ptr + at, tl.sum(dw, 0)[None, :].to(dw_ptr.dtype.element_ty), mask=col < H)
+    if db_ptr is not None:
+        tl.store(db_ptr + at, tl.sum(db, 0)[None, :].to(db_ptr.dtype.element_ty), mask=col < H)
+
+
+# --- forward and backward ---------------------------------------------------------------------------------------------------------------
+
+
+def _outputs(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    n, dtype = prod(x.shape[:-1]), _check.wide_dtype(x)
+    return y, x.new_empty(n, dtype=dtype), x.new_empty(n, dtype=dtype)
+
+
+def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:
+    dx = torch.empty_like(res.x, memory_format=torch.contiguous_format) if needs[0] else None
+    return dx, *(torch.empty_like(t) if n and t is not None else None for t, n in zip((res.weight, res.bias), needs[1:], strict=True))
+
+
+def _fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, needs: Needs) -> tuple[Tensor, Residuals]:
+    y, mean, rstd = _outputs(x, weight, bias, eps, needs)
+    rows = as_rows(x)
+    n, h = rows.shape
+    if h > RESIDENT:
+        wide_fwd(rows, weight, y, rstd, eps, bias=bias, mean=mean)
+    else:
+        t = tile(h)
+        launch(
+            _fwd_kernel, (cdiv(n, t.rows),), x.device,
+            rows, weight, bias, y, mean, rstd, rows.stride(0), n, h, eps,
+            ROWS=t.rows, BLOCK=t.columns, num_warps=t.warps,
+        )  # fmt: skip
+    return y, Residuals(x, weight, bias, mean, rstd)
+
+
+def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor | None, ...]:
+    x, weight, _, mean, rstd = res
+    rows, dys = as_rows(x), as_rows(dy)
+    n, h = rows.shape
+    dx, dw, db = _gradients(res, dy, needs)
+    if h > SUMMED:
+        wide_bwd(dys, rows, weight, rstd, dx, dw, mean=mean, db=db)
+        return dx, dw, db
+    t = tile(h, BWD_PER_WARP)
+    programs = min(cdiv(n, t.rows), t.resident * processors(x.device))
+    dws, dbs = partial(dw, programs, rstd), partial(db, programs, rstd)
+    launch(
+        _bwd_kernel, (programs,), x.device,
+        dys, rows, weight, mean, rstd, dx, dws, dbs, dys.stride(0), rows.stride(0), n, h,
+        ROWS=t.rows, BLOCK=t.columns, num_warps=t.warps,
+    )  # fmt: skip
+    finish(dws, dw)
+    finish(dbs, db)
+    return dx, dw, db
+
+
+# --- public function --------------------------------------------------------------------------------------------------------------------
+
+
+@custom_vjp(
+    residuals=Residuals,
+    kernels=(_fwd, _bwd),
+    plain=(_plain_fwd, _plain_bwd),
+    reference=_reference,
+    outputs=_outputs,
+    gradients=_gradients,
+    cotangents=lambda res: (res.x.shape,),
+    diff=3,
+)
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Args:
+    r"""LayerNorm over the last axis: `y = (x − mean(x)) rsqrt(var(x) + eps) weight + bias`, where `var(x) = mean((x − mean(x))²)`.
+
+    Args:
+        x: `[..., H]`, any strides, H at least 1; float32, bfloat16, float16 (kernels) or float64 (plain PyTorch).
+        weight: `[H]`, or None for no scale; any float dtype.
+        bias: `[H]`, or None for no shift; any float dtype.
+        eps: added to the variance.
+
+    Returns:
+        y, of x's shape and dtype: computed in fp32, rounded once. Gradients: x, weight and bias.
+
+    Raises:
+        TypeError: a tensor is not of a float dtype.
+        ValueError: weight or bias is not `[H]`, tensors are on different devices, H is zero or over 2³¹ − 2¹⁶, x is 0-dimensional.
+
+    Example:
+        >>> liger_fn.layer_norm(torch.tensor([[1.0, 3.0]]), bias=torch.tensor([0.0, 1.0]), eps=0.0)
+        tensor([[-1.,  2.]])
+
+    Source: Ba, Kiros & Hinton 2016, arXiv:1607.06450.
+    """
+    _check.floating("layer_norm", x=x)
+    _check.optional("layer_norm", weight=weight, bias=bias)
+    if x.dim() == 0 or not 0 < x.shape[-1] <= WIDEST:
+        raise ValueError(f"layer_norm: the last axis of x must have 1 to {WIDEST} elements, got shape {list(x.shape)}; reshape x")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            _check.shape("layer_norm", name, t, x.shape[-1:], "the last axis of x")
+    _check.same_device("layer_norm", x, weight=weight, bias=bias)
+    weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
+    return x, weight, bias, float(eps)

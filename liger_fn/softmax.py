@@ -1,0 +1,227 @@
+r"""Softmax over the last axis.
+
+    y_j = e_j / Σ_i e_i        e_j = exp(x_j − m)        m = max_j x_j
+    dx_j = y_j (dy_j − Σ_i e_i dy_i / Σ_i e_i)
+
+Residuals: x, and the pair (m, Σ e) of each row in fp32: y is made again from x, which is read in its place and not rounded in between.
+Source: Milakov & Gimelshein 2018, arXiv:1805.02867 (the sum in one pass).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _check
+from ._check import wide
+from ._launch import as_rows, cdiv, jit, launch, next_power_of_2, tl, warps
+from ._loss_kernel import _exp
+from ._vjp import Args, Needs, custom_vjp
+
+RESIDENT = 16384  # columns that a program holds; longer rows are read twice, the second time from L2
+PER_WARP = 1024
+
+
+class Residuals(NamedTuple):
+    """What the backward of `softmax` needs."""
+
+    x: Tensor
+    stats: Tensor
+
+
+# --- definition -------------------------------------------------------------------------------------------------------------------------
+
+
+def _reference(x: Tensor) -> Tensor:
+    return torch.softmax(wide(x), -1).to(x.dtype)
+
+
+def _plain_fwd(x: Tensor, needs: Needs) -> tuple[Tensor, Residuals]:
+    xw = wide(x)
+    top = xw.amax(-1, keepdim=True)
+    e = torch.exp(xw - top)
+    total = e.sum(-1, keepdim=True)
+    return (e / total).to(x.dtype), Residuals(x, torch.cat((top, total), -1).view(-1, 2))
+
+
+def _plain_bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor | None]:
+    if not needs[0]:
+        return (None,)
+    top, total = res.stats.view(*res.x.shape[:-1], 2).split(1, -1)
+    e, dyw = torch.exp(wide(res.x) - top), wide(dy)
+    return ((e / total * (dyw - (e * dyw).sum(-1, keepdim=True) / total)).to(res.x.dtype),)
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _fwd_kernel(x_ptr, y_ptr, s_ptr, stride, N, H, ROWS: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)[None, :]
+    keep = (row < N)[:, None] & (col < H)
+    x = tl.load(x_ptr + row[:, None] * stride + col, mask=keep, other=float("-inf")).to(tl.float32)
+    top = tl.max(x, 1)
+    e = _exp(x - top[:, None], EXACT)
+    total = tl.sum(e, 1)
+    y = tl.div_rn(e, total[:, None] + tl.zeros((ROWS, BLOCK), tl.float32))
+    tl.store(y_ptr + row[:, None] * H + col, y.to(y_ptr.dtype.element_ty), mask=keep)
+    tl.store(s_ptr + 2 * row, top, mask=row < N)
+    tl.store(s_ptr + 2 * row + 1, total, mask=row < N)
+
+
+@jit
+def _bwd_kernel(dy_ptr, x_ptr, s_ptr, dx_ptr, dy_stride, stride, N, H, ROWS: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)[None, :]
+    keep = (row < N)[:, None] & (col < H)
+    top = tl.load(s_ptr + 2 * row, mask=row < N, other=0.0)[:, None]
+    total = tl.load(s_ptr + 2 * row + 1, mask=row < N, other=1.0)[:, None]
+    x = tl.load(x_ptr + row[:, None] * stride + col, mask=keep, other=float("-inf")).to(tl.float32)
+    dy = tl.load(dy_ptr + row[:, None] * dy_stride + col, mask=keep, other=0.0).to(tl.float32)
+    e = _exp(x - top, EXACT)
+    dx = tl.div_rn(e, total + tl.zeros((ROWS, BLOCK), tl.float32)) * (dy - tl.div_rn(tl.sum(e * dy, 1)[:, None], total))
+    tl.store(dx_ptr + row[:, None] * H + col, dx.to(dx_ptr.dtype.element_ty), mask=keep)
+
+
+@jit
+def _wide_fwd_kernel(x_ptr, y_ptr, s_ptr, stride, H, EXACT: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)
+    top = float("-inf")
+    total = 0.0
+    for start in range(0, H, BLOCK):
+        x = tl.load(x_ptr + row * stride + start + col, mask=start + col < H, other=float("-inf")).to(tl.float32)
+        new = tl.maximum(top, tl.max(x, 0))
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        total = total * _exp(top - shift, EXACT) + tl.sum(_exp(x - shift, EXACT), 0)
+        top = new
+    for start in range(0, H, BLOCK):
+        x = tl.load(x_ptr + row * stride + start + col, mask=start + col < H, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        y = tl.div_rn(_exp(x - top, EXACT), total + tl.zeros((BLOCK,), tl.float32))
+        tl.store(y_ptr + row * H + start + col, y.to(y_ptr.dtype.element_ty), mask=start + col < H)
+    tl.store(s_ptr + 2 * row, top)
+    tl.store(s_ptr + 2 * row + 1, total)
+
+
+@jit
+def _wide_bwd_kernel(dy_ptr, x_ptr, s_ptr, dx_ptr, dy_stride, stride, H, EXACT: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)
+    top = tl.load(s_ptr + 2 * row)
+    total = tl.load(s_ptr + 2 * row + 1)
+    dot = 0.0
+    for start in range(0, H, BLOCK):
+        x = tl.load(x_ptr + row * stride + start + col, mask=start + col < H, other=float("-inf")).to(tl.float32)
+        dy = tl.load(dy_ptr + row * dy_stride + start + col, mask=start + col < H, other=0.0).to(tl.float32)
+        dot += tl.sum(_exp(x - top, EXACT) * dy, 0)
+    dot = tl.div_rn(dot, total)
+    for start in range(0, H, BLOCK):
+        x = tl.load(x_ptr + row * stride + start + col, mask=start + col < H, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        dy = tl.load(dy_ptr + row * dy_stride + start + col, mask=start + col < H, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        dx = tl.div_rn(_exp(x - top, EXACT), total + tl.zeros((BLOCK,), tl.float32)) * (dy - dot)
+        tl.store(dx_ptr + row * H + start + col, dx.to(dx_ptr.dtype.element_ty), mask=start + col < H)
+
+
+# --- forward and backward ---------------------------------------------------------------------------------------------------------------
+
+
+class _Tile(NamedTuple):
+    """The rows and columns that a program holds, and its warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+@cache
+def _tile(h: int) -> _Tile:
+    """One long row, or several short ones."""
+    columns = min(next_power_of_2(h), RESIDENT)
+    rows = max(1, 2048 // columns)
+    return _Tile(rows, columns, warps(rows * columns, PER_WARP))
+
+
+def _outputs(x: Tensor, needs: Needs) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty(prod(x.shape[:-1]), 2, dtype=_check.wide_dtype(x))
+
+
+def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None]:
+    return (torch.empty_like(res.x, memory_format=torch.contiguous_format) if needs[0] else None,)
+
+
+def _fwd(x: Tensor, needs: Needs) -> tuple[Tensor, Residuals]:
+    y, stats = _outputs(x, needs)
+    rows = as_rows(x)
+    n, h = rows.shape
+    tile, exact = _tile(h), x.dtype is torch.float32
+    if h <= RESIDENT:
+        launch(
+            _fwd_kernel, (cdiv(n, tile.rows),), x.device, rows, y, stats, rows.stride(0), n, h,
+            ROWS=tile.rows, EXACT=exact, BLOCK=tile.columns, num_warps=tile.warps,
+        )  # fmt: skip
+    else:
+        launch(_wide_fwd_kernel, (n,), x.device, rows, y, stats, rows.stride(0), h, EXACT=exact, BLOCK=tile.columns, num_warps=tile.warps)
+    return y, Residuals(x, stats)
+
+
+def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor | None]:
+    (dx,) = _gradients(res, dy, needs)
+    if dx is None:
+        return (None,)
+    rows, dys = as_rows(res.x), as_rows(dy)
+    n, h = rows.shape
+    tile, exact = _tile(h), res.x.dtype is torch.float32
+    strides = dys.stride(0), rows.stride(0)
+    if h <= RESIDENT:
+        launch(
+            _bwd_kernel, (cdiv(n, tile.rows),), dy.device, dys, rows, res.stats, dx, *strides, n, h,
+            ROWS=tile.rows, EXACT=exact, BLOCK=tile.columns, num_warps=tile.warps,
+        )  # fmt: skip
+    else:
+        launch(
+            _wide_bwd_kernel, (n,), dy.device, dys, rows, res.stats, dx, *strides, h, EXACT=exact, BLOCK=tile.columns, num_warps=tile.warps
+        )
+    return (dx,)
+
+
+# --- public function --------------------------------------------------------------------------------------------------------------------
+
+
+@custom_vjp(
+    residuals=Residuals,
+    kernels=(_fwd, _bwd),
+    plain=(_plain_fwd, _plain_bwd),
+    reference=_reference,
+    outputs=_outputs,
+    gradients=_gradients,
+    cotangents=lambda res: (res.x.shape,),
+    diff=1,
+)
+def softmax(x: Tensor) -> Args:
+    r"""Softmax over the last axis: `y_j = exp(x_j) / Σ_i exp(x_i)`.
+
+    Args:
+        x: `[..., H]`, any strides, any H from 1; float32, bfloat16, float16 (kernels) or float64 (plain PyTorch).
+
+    Returns:
+        y, of x's shape and dtype, computed in fp32 and rounded once. Gradient: x. A row that is −inf throughout is NaN, as in PyTorch.
+
+    Raises:
+        TypeError: x is not of a float dtype. ValueError: x has no axis, or its last is empty.
+
+    Example:
+        >>> liger_fn.softmax(torch.tensor([[0.0, 0.0, 1e4]]))
+        tensor([[0., 0., 1.]])
+
+    Source: Milakov & Gimelshein 2018, arXiv:1805.02867 (the sum in one pass).
+    """
+    _check.floating("softmax", x=x)
+    _check.rank("softmax", "x", x, 1)
+    _check.at_least_one("softmax", "the last axis of x", x.shape[-1])
+    return (x,)

@@ -1,0 +1,193 @@
+"""From the committed results to docs/benchmarks.md and its figures: `make bench-report`.
+
+The page says, for each machine, where a peer is faster or needs less memory before it shows the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from . import results
+from .peers import OURS, PROVIDERS
+from .results import GREEN, Result, Row
+from .table import HOST, MODES
+
+DOCS = results.ROOT / "docs"
+
+HEAD = """# Benchmarks
+
+Made by `make bench-report` from the files in `tests/bench/results`, which `make bench` writes on a GPU: edit neither by hand.
+
+How it is measured, in `tests/bench`:
+
+- Inputs are bf16. *forward* is a call that wants no gradients; *forward + backward* is a call and all its gradients.
+- µs is device time: the median of 20 replays of a CUDA graph, which leaves out the host; losses, some of which make the host wait, are
+  timed between events with the host ahead of the device. Arrays smaller than the GPU's L2 cache can be read from there.
+- *moved* is the least that the function must read and write (weights, targets and statistics not counted), and GB/s or TFLOP/s is that over
+  the time, for every provider alike. The floor is the least bytes over the bandwidth of a copy, or the least FLOPs over the rate of a
+  matrix product, both measured in the same run.
+- *peak* is memory allocated at the peak of the call, over its inputs.
+- *host* is what a call and its backward cost the host on a tiny input, in pairs of short turns of liger_fn and the other; the ratio is the
+  median over the pairs.
+- No figure is shown for a function that is wrong: before it is timed, it is compared with its definition in fp64 at every width below,
+  by the rule in `tests/numerics.py`.
+"""
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _us(value: float | None) -> str:
+    return _number(value, 0 if value is None or value >= 100 else 1)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = (f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+    return "\n".join(lines) + "\n"
+
+
+def _rate(r: Row) -> str:
+    return f"{r.tflops:,.1f} TFLOP/s" if r.tflops else f"{r.gbs:,.0f} GB/s" if r.gbs else "–"
+
+
+def _groups(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that answer the same question: one function, shape and pass. Providers in their own order."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for r in rows:
+        found.setdefault(r.key[:3], []).append(r)
+    return [sorted(g, key=lambda r: PROVIDERS.index(r.provider)) for g in found.values()]
+
+
+def _beaten(rows: Sequence[Row], what: str) -> tuple[int, list[tuple[Row, Row]]]:
+    """How many comparisons there are, and those (ours, the best peer) where a peer has less of `what`."""
+    count, found = 0, []
+    for group in _groups(rows):
+        ours = next((r for r in group if r.provider == OURS and getattr(r, what) is not None), None)
+        peers = [r for r in group if r.provider != OURS and getattr(r, what) is not None]
+        if ours is not None and peers:
+            best = min(peers, key=lambda r: getattr(r, what))
+            count += 1
+            found += [(ours, best)] if getattr(best, what) < getattr(ours, what) else []
+    return count, found
+
+
+def _where_beaten(rows: Sequence[Row], what: str, unit: str, title: str) -> str:
+    count, found = _beaten(rows, what)
+    if not count:
+        return ""
+    text = f"### {title}\n\nIn {len(found)} of {count} comparisons (a function, a shape, a pass).\n"
+    head = ("function", "shape", "pass", "the best", unit, f"liger_fn, {unit}", "liger_fn ÷ the best")
+    cells = []
+    for ours, best in sorted(found, key=lambda pair: getattr(pair[1], what) / getattr(pair[0], what)):
+        a, b = getattr(ours, what), getattr(best, what)
+        provider = f"{best.provider}, {best.note}" if best.note else best.provider
+        cells.append((f"`{ours.op}`", ours.shape, ours.mode, provider, _us(b), _us(a), f"× {a / b:.2f}" if b else "–"))
+    return f"{text}\n{_table(head, cells)}" if found else text
+
+
+def _function(op: str, rows: Sequence[Row]) -> str:
+    notes: list[str] = []
+    cells = []
+    for group in _groups(rows):
+        fastest = min((r.us for r in group if r.us is not None), default=None)
+        for r in group:
+            mark = ""
+            if r.note:
+                notes += [] if r.note in notes else [r.note]
+                mark = f" ({notes.index(r.note) + 1})"
+            us = f"**{_us(r.us)}**" if r.us is not None and r.us == fastest else _us(r.us)
+            moved = _number(r.bytes / 1e6 if r.bytes else None)
+            cells.append((r.shape, r.mode, r.provider + mark, us, moved, _rate(r), _number(r.over_floor, 2), _number(r.mib)))
+    head = ("shape", "pass", "provider", "µs", "moved, MB", "rate", "÷ floor", "peak, MiB")
+    said = "".join(f"\n({i + 1}) {note}\n" for i, note in enumerate(notes))
+    return f"### `{op}`\n\n{_table(head, cells)}{said}"
+
+
+def _host(rows: Sequence[Row]) -> str:
+    cells = []
+    for r in rows:
+        ratio = "–" if r.ours_over_this is None else f"× {r.ours_over_this:.2f}"
+        cells.append((f"`{r.op}`", r.shape, r.provider, _us(r.us) + (f" ({r.note})" if r.note else ""), ratio))
+    text = "### The host's cost\n\nOne call and its backward; where the last column is over 1, the other costs the host less.\n\n"
+    return text + _table(("function", "shape", "provider", "µs", "liger_fn ÷ this"), cells)
+
+
+def _section(stem: str, result: Result) -> str:
+    m, rows = result.machine, result.allowed()
+    timed, host = [r for r in rows if r.mode in MODES], [r for r in rows if r.mode == HOST]
+    versions = ", ".join(f"{k} {v}" for k, v in m.items() if k != "device")
+    parts = [
+        f"## {m['device']}, torch {m['torch']}, {m['date']}\n\n{m['device']}, {versions} ([JSON](../tests/bench/results/{stem}.json)).\n"
+    ]
+    if result.limits:
+        copy, matmul = result.limits["copy_gbs"], result.limits["matmul_tflops"]
+        parts[0] += f"A copy reaches {copy:,.0f} GB/s, a matrix product of bf16 {matmul:,.0f} TFLOP/s.\n"
+    if m["device"] == "cpu":
+        parts.append("Wall clock on a CPU: this proves the harness and says nothing of speed.\n")
+    red = [f"- `{op}`: {verdict}\n" for op, verdict in result.gates.items() if verdict != GREEN]
+    if red:
+        parts.append("### No figures: these functions are wrong here\n\n" + "".join(red))
+    parts.append(_where_beaten(timed, "us", "µs", "Where a peer is faster"))
+    parts.append(_where_beaten(timed, "mib", "MiB", "Where a peer needs less memory"))
+    if timed:
+        parts.append("".join(f"![{said}](figures/bench-{stem}-{which}.png)\n" for which, said in FIGURES.items()))
+    parts += [_function(op, [r for r in timed if r.op == op]) for op in dict.fromkeys(r.op for r in timed)]
+    if host:
+        parts.append(_host(host))
+    return "\n".join(p for p in parts if p)
+
+
+FIGURES = {"floor": "how much of what the machine can do each provider reaches", "sizes": "time and memory by size"}
+
+
+def page(found: dict[str, Result]) -> str:
+    """The text for results by the stems of their files, the newest first."""
+    newest = sorted(found, key=lambda stem: (found[stem].machine["date"], stem), reverse=True)
+    return "\n".join([HEAD, *(_section(stem, found[stem]) for stem in newest)])
+
+
+# --- all of it --------------------------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path = results.FOLDER, docs: Path = DOCS) -> list[Path]:
+    """Read every result in `folder`; write the page and its figures under `docs`. Nothing is written where there is no result."""
+    found = {path.stem: results.load(path) for path in sorted(folder.glob("*.json"))}
+    if not found:
+        return []
+    from . import figures  # only here: matplotlib is not needed to read a result
+
+    (docs / "figures").mkdir(parents=True, exist_ok=True)
+    written = [docs / "benchmarks.md"]
+    written[0].write_text(page(found))
+    for stem, result in found.items():
+        timed = [r for r in result.allowed() if r.mode in MODES]
+        if timed:
+            for which in FIGURES:
+                path = docs / "figures" / f"bench-{stem}-{which}.png"
+                getattr(figures, which)(timed, f"{result.machine['device']}, torch {result.machine['torch']}", path)
+                written.append(path)
+    return written
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.report", description="Make docs/benchmarks.md from committed results.")
+    parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of JSON files (default: %(default)s)")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="where the page and figures/ go (default: %(default)s)")
+    options = parser.parse_args()
+    written = write(options.results, options.docs)
+    for path in written:
+        print(f"written: {path}")
+    if not written:
+        print(f"No results in {options.results}: run `make bench` on a GPU first. Nothing was written.", file=sys.stderr)
+    return not written
+
+
+if __name__ == "__main__":
+    sys.exit(main())
