@@ -255,7 +255,9 @@ def _lean(op: Op[..., Any]) -> type[Function]:
         if _grad_enabled():
             with torch.no_grad():
                 grads = run(*rest)
-            grads = refuse.apply(diff, *grads, *dy, *tensors)
+            # What forward made of the inputs depends on them, though it says so nowhere: a gradient made of it is no constant.
+            hidden = (torch.empty(0, requires_grad=True),) if op.composable.computed else ()
+            grads = refuse.apply(diff, *grads, *dy, *tensors, *hidden)
         else:
             grads = run(*rest)
         return (None, *grads, *no_more)

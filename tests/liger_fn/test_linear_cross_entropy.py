@@ -213,3 +213,14 @@ def test_fp16_keeps_small_probabilities_under_loss_scaling(backend: str, confide
     truth = grads(liger_fn.linear_cross_entropy.reference, torch.float64)
     for o, n, t, name in zip(ours, naive, truth, ("x", "weight"), strict=True):
         assert_near(o, n, t, f"fp16 gradient of {name} under loss scaling")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_gradient_made_in_forward_is_no_constant(backend: str, reduction: str, device: torch.device) -> None:
+    """With a frozen head nothing that backward reads asks for a gradient: a gradient penalty would silently vanish."""
+    x, weight, target = inputs(device)
+    x = x.requires_grad_()
+    loss = liger_fn.linear_cross_entropy(x, weight.detach(), target, reduction=reduction)
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"linear_cross_entropy.reference"):
+        (loss + grad.square().sum()).backward()
