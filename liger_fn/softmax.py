@@ -1,9 +1,10 @@
 r"""Softmax over the last axis.
 
     y_j = e_j / Σ_i e_i        e_j = exp(x_j − m)        m = max_j x_j
-    dx_j = y_j (dy_j − Σ_i e_i dy_i / Σ_i e_i)
+    dx_j = y_j (dy_j − c)        c = Σ_i e_i dy_i / Σ_i e_i
 
 Residuals: x, and the pair (m, Σ e) of each row in fp32: y is made again from x, which is read in its place and not rounded in between.
+The mean c is taken twice, of dy and then of dy − c, which is nearly zero: where all dy are alike nothing is left of dx, in fp32 too.
 Source: Milakov & Gimelshein 2018, arXiv:1805.02867 (the sum in one pass).
 """
 
@@ -53,7 +54,9 @@ def _plain_bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[
         return (None,)
     top, total = res.stats.view(*res.x.shape[:-1], 2).split(1, -1)
     e, dyw = torch.exp(wide(res.x) - top), wide(dy)
-    return ((e / total * (dyw - (e * dyw).sum(-1, keepdim=True) / total)).to(res.x.dtype),)
+    for _ in range(2):
+        dyw = dyw - (e * dyw).sum(-1, keepdim=True) / total
+    return ((e / total * dyw).to(res.x.dtype),)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------------------------
@@ -84,7 +87,9 @@ def _bwd_kernel(dy_ptr, x_ptr, s_ptr, dx_ptr, dy_stride, stride, N, H, ROWS: tl.
     x = tl.load(x_ptr + row[:, None] * stride + col, mask=keep, other=float("-inf")).to(tl.float32)
     dy = tl.load(dy_ptr + row[:, None] * dy_stride + col, mask=keep, other=0.0).to(tl.float32)
     e = _exp(x - top, EXACT)
-    dx = tl.div_rn(e, total + tl.zeros((ROWS, BLOCK), tl.float32)) * (dy - tl.div_rn(tl.sum(e * dy, 1)[:, None], total))
+    dy -= tl.div_rn(tl.sum(e * dy, 1)[:, None], total)
+    dy -= tl.div_rn(tl.sum(e * dy, 1)[:, None], total)
+    dx = tl.div_rn(e, total + tl.zeros((ROWS, BLOCK), tl.float32)) * dy
     tl.store(dx_ptr + row[:, None] * H + col, dx.to(dx_ptr.dtype.element_ty), mask=keep)
 
 
@@ -114,16 +119,18 @@ def _wide_bwd_kernel(dy_ptr, x_ptr, s_ptr, dx_ptr, dy_stride, stride, H, EXACT: 
     col = tl.arange(0, BLOCK)
     top = tl.load(s_ptr + 2 * row)
     total = tl.load(s_ptr + 2 * row + 1)
-    dot = 0.0
-    for start in range(0, H, BLOCK):
-        x = tl.load(x_ptr + row * stride + start + col, mask=start + col < H, other=float("-inf")).to(tl.float32)
-        dy = tl.load(dy_ptr + row * dy_stride + start + col, mask=start + col < H, other=0.0).to(tl.float32)
-        dot += tl.sum(_exp(x - top, EXACT) * dy, 0)
-    dot = tl.div_rn(dot, total)
+    mean = 0.0
+    for _ in tl.static_range(2):
+        dot = 0.0
+        for start in range(0, H, BLOCK):
+            x = tl.load(x_ptr + row * stride + start + col, mask=start + col < H, other=float("-inf")).to(tl.float32)
+            dy = tl.load(dy_ptr + row * dy_stride + start + col, mask=start + col < H, other=0.0).to(tl.float32)
+            dot += tl.sum(_exp(x - top, EXACT) * (dy - mean), 0)
+        mean += tl.div_rn(dot, total)
     for start in range(0, H, BLOCK):
         x = tl.load(x_ptr + row * stride + start + col, mask=start + col < H, other=0.0, eviction_policy="evict_first").to(tl.float32)
         dy = tl.load(dy_ptr + row * dy_stride + start + col, mask=start + col < H, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        dx = tl.div_rn(_exp(x - top, EXACT), total + tl.zeros((BLOCK,), tl.float32)) * (dy - dot)
+        dx = tl.div_rn(_exp(x - top, EXACT), total + tl.zeros((BLOCK,), tl.float32)) * (dy - mean)
         tl.store(dx_ptr + row * H + start + col, dx.to(dx_ptr.dtype.element_ty), mask=start + col < H)
 
 

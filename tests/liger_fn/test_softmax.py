@@ -6,6 +6,7 @@ import torch
 import liger_fn
 from tests import cases
 from tests.contract import Contract, wrong
+from tests.numerics import assert_near
 
 
 class TestSoftmax(Contract):
@@ -22,7 +23,15 @@ class TestSoftmax(Contract):
 def test_is_torchs(backend: str, h: int, device: torch.device) -> None:
     """On both sides of the width that a program holds."""
     x = 3 * torch.randn(3, h, device=device)
-    torch.testing.assert_close(liger_fn.softmax(x), torch.softmax(x.double(), -1).float(), rtol=2e-6, atol=0.0)
+    assert_near(liger_fn.softmax(x), torch.softmax(x, -1), torch.softmax(x.double(), -1), f"softmax of {h}")
+
+
+def test_a_constant_cotangent_leaves_nothing(backend: str, device: torch.device) -> None:
+    """The sum of a softmax is 1 whatever x is: what is left of the gradient is far below one rounding of a term."""
+    for h in (63, 40000):
+        x = (3 * torch.randn(3, h, device=device)).requires_grad_()
+        (dx,) = torch.autograd.grad((0.7 * liger_fn.softmax(x)).sum(), x)
+        assert dx.abs().sum(-1).max() < 1e-9, h
 
 
 def test_a_row_of_minus_infinity_is_nan(backend: str, device: torch.device) -> None:
