@@ -80,7 +80,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
-    """A launch seen before goes to the compiled kernel directly: a third of the host time of asking Triton which one it is."""
+    """A launch seen before goes to the compiled kernel directly, without asking Triton again which one it is."""
     if not NVIDIA:  # elsewhere Triton compiles by more than the alignment of a pointer
         kernel[grid](*args, **meta)
         return
