@@ -7,43 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._elementary import exp, expm1, log1p
 from ._launch import as_rows, jit, launch, next_power_of_2, registers, tl, warps
 from ._loss_rows import PLAIN, Terms
-
-
-@jit
-def _exp(x, EXACT: tl.constexpr):
-    """exp(x) for x ≤ 0. The hardware's exp2 of the rounded product x log₂e is off by |x| roundings, which fp32 logits would show."""
-    if EXACT:
-        x = tl.where(x < -120.0, -120.0, x)  # exp is 0 there, and -inf would make NaN below
-        t = x * 1.4426950408889634
-        rest = tl.fma(x, 1.4426950216293335, -t) + x * 1.92596298909109e-08
-        return tl.exp2(t) * (1.0 + rest * 0.6931471805599453)
-    return tl.exp(x)
-
-
-@jit
-def _log1p(x):
-    """log(1 + x) for x ≥ 0; for a small x, whose digits 1 + x would lose, the series of 2 artanh(x / (2 + x))."""
-    z = x / (2.0 + x)
-    z2 = z * z
-    series = 2.0 * z * (1.0 + z2 * (0.3333333333333333 + z2 * (0.2 + z2 * 0.14285714285714285)))
-    return tl.where(x < 0.1, series, tl.log(1.0 + x))
-
-
-@jit
-def _expm1(x, EXACT: tl.constexpr):
-    """exp(x) − 1 for x ≤ 0; for a small one, where that cancels, the series."""
-    series = x * (1.0 + x * (0.5 + x * (0.16666666666666666 + x * (0.041666666666666664 + x * 0.008333333333333333))))
-    return tl.where(x > -0.1, series, _exp(x, EXACT) - 1.0)
 
 
 @jit
 def _capped(logits, cap, CAP: tl.constexpr, EXACT: tl.constexpr):
     """cap tanh(logits / cap), to the last digit where that is small."""
     if CAP:
-        e = _expm1(-2.0 * tl.abs(logits / cap), EXACT)
-        t = cap * e / (2.0 + e)
+        e = expm1(-2.0 * tl.abs(_over(logits, cap, EXACT)), EXACT)
+        t = cap * _over(e, 2.0 + e, EXACT)
         return tl.where(logits < 0.0, t, -t)
     return logits
 
@@ -51,8 +25,14 @@ def _capped(logits, cap, CAP: tl.constexpr, EXACT: tl.constexpr):
 @jit
 def _slope(logits, cap, EXACT: tl.constexpr):
     """Its derivative, 4 e / (1 + e)² with e = exp(−2 |logits| / cap)."""
-    e = _exp(-2.0 * tl.abs(logits / cap), EXACT)
-    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+    e = exp(-2.0 * tl.abs(_over(logits, cap, EXACT)), EXACT)
+    return _over(4.0 * e, (1.0 + e) * (1.0 + e), EXACT)
+
+
+@jit
+def _over(a, b, EXACT: tl.constexpr):
+    """a / b; correctly rounded where that shows."""
+    return tl.div_rn(a, b) if EXACT else a / b
 
 
 @jit
@@ -109,7 +89,7 @@ def _rows_kernel(
             if CAP:
                 a = tl.where(col < V, _capped(a, cap, CAP, EXACT), none)
             top = tl.max(a, 0)
-            e = _exp(a - tl.where(top == none, 0.0, top), EXACT)
+            e = exp(a - tl.where(top == none, 0.0, top), EXACT)
             others = tl.sum(tl.where(col == place, 0.0, e), 0)
             spread = 0.0
             if SMOOTH:
@@ -126,9 +106,9 @@ def _rows_kernel(
                     a = tl.where(at < V, _capped(a, cap, CAP, EXACT), none)
                 new = tl.maximum(top, tl.max(a, 0))
                 shift = tl.where(new == none, 0.0, new)
-                e = _exp(a - shift, EXACT)
+                e = exp(a - shift, EXACT)
                 more = tl.sum(e, 0)
-                fade = _exp(top - shift, EXACT)
+                fade = exp(top - shift, EXACT)
                 others = others * fade + more
                 if aux_ptr is not None:
                     sunk = tl.where(top == none, 0.0, top - shift)
@@ -137,7 +117,7 @@ def _rows_kernel(
                 top = new
                 if SMOOTH:
                     spread += tl.sum(tl.where(at < V, _weights(w_ptr, at, V) * (a - a_y), 0.0), 0)
-            rest = tl.where(a_y == top, _log1p(others), tl.log(others + _exp(a_y - top, EXACT)))
+            rest = tl.where(a_y == top, log1p(others), tl.log(others + exp(a_y - top, EXACT)))
             nll = rest - (a_y - top)
             loss = mine * nll
             if SMOOTH:
@@ -175,7 +155,7 @@ def _rows_kernel(
             at = tl.where(at < 0, at + blocks, at) * BLOCK + block
             if counted:
                 a = tl.load(a_at + at, mask=at < V, other=0.0, eviction_policy="evict_first").to(tl.float32)
-                g = _exp(_capped(a, cap, CAP, EXACT) - top - rest, EXACT) * factor
+                g = exp(_capped(a, cap, CAP, EXACT) - top - rest, EXACT) * factor
                 if SMOOTH:
                     g -= share * scale * _weights(w_ptr, at, V)
                 if CAP:
@@ -185,13 +165,13 @@ def _rows_kernel(
             tl.store(g_at + at, g.to(grad_ptr.dtype.element_ty), mask=at < V, cache_modifier=".cs")
         if counted:
             a = tl.load(a_at + col, mask=col < V, other=0.0, eviction_policy="evict_first").to(tl.float32)
-            g = _exp(_capped(a, cap, CAP, EXACT) - top - rest, EXACT) * factor
+            g = exp(_capped(a, cap, CAP, EXACT) - top - rest, EXACT) * factor
             if SMOOTH:
                 g -= share * scale * _weights(w_ptr, col, V)
             if CAP:
                 g *= _slope(a, cap, EXACT)
             x = a_y - top - rest
-            g_y = _expm1(x, EXACT) * mass + _exp(x, EXACT) * pull + whole - share * w_y
+            g_y = expm1(x, EXACT) * mass + exp(x, EXACT) * pull + whole - share * w_y
             g = tl.where(col == place, g_y * slope_y * scale, g)
         else:
             g = tl.zeros((BLOCK,), tl.float32)

@@ -148,7 +148,8 @@ def plain_rows(
         if smoothing:
             p -= share
         if cap:
-            p *= 1.0 - (a / cap).square()
+            e = torch.exp(raw.abs() * (-2.0 / cap))
+            p *= 4.0 * e / (1.0 + e).square()  # 1 − tanh², which would cancel
         if scale is not None:
             p *= scale.unsqueeze(-1)
         if divisor is not None:

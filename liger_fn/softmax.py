@@ -19,8 +19,8 @@ from torch import Tensor
 
 from . import _check
 from ._check import wide
+from ._elementary import exp
 from ._launch import as_rows, cdiv, jit, launch, next_power_of_2, tl, warps
-from ._loss_kernel import _exp
 from ._vjp import Args, Needs, custom_vjp
 
 RESIDENT = 16384  # columns that a program holds; longer rows are read twice, the second time from L2
@@ -69,7 +69,7 @@ def _fwd_kernel(x_ptr, y_ptr, s_ptr, stride, N, H, ROWS: tl.constexpr, EXACT: tl
     keep = (row < N)[:, None] & (col < H)
     x = tl.load(x_ptr + row[:, None] * stride + col, mask=keep, other=float("-inf")).to(tl.float32)
     top = tl.max(x, 1)
-    e = _exp(x - top[:, None], EXACT)
+    e = exp(x - top[:, None], EXACT)
     total = tl.sum(e, 1)
     y = tl.div_rn(e, total[:, None] + tl.zeros((ROWS, BLOCK), tl.float32))
     tl.store(y_ptr + row[:, None] * H + col, y.to(y_ptr.dtype.element_ty), mask=keep)
@@ -86,7 +86,7 @@ def _bwd_kernel(dy_ptr, x_ptr, s_ptr, dx_ptr, dy_stride, stride, N, H, ROWS: tl.
     total = tl.load(s_ptr + 2 * row + 1, mask=row < N, other=1.0)[:, None]
     x = tl.load(x_ptr + row[:, None] * stride + col, mask=keep, other=float("-inf")).to(tl.float32)
     dy = tl.load(dy_ptr + row[:, None] * dy_stride + col, mask=keep, other=0.0).to(tl.float32)
-    e = _exp(x - top, EXACT)
+    e = exp(x - top, EXACT)
     dy -= tl.div_rn(tl.sum(e * dy, 1)[:, None], total)
     dy -= tl.div_rn(tl.sum(e * dy, 1)[:, None], total)
     dx = tl.div_rn(e, total + tl.zeros((ROWS, BLOCK), tl.float32)) * dy
@@ -103,11 +103,11 @@ def _wide_fwd_kernel(x_ptr, y_ptr, s_ptr, stride, H, EXACT: tl.constexpr, BLOCK:
         x = tl.load(x_ptr + row * stride + start + col, mask=start + col < H, other=float("-inf")).to(tl.float32)
         new = tl.maximum(top, tl.max(x, 0))
         shift = tl.where(new == float("-inf"), 0.0, new)
-        total = total * _exp(top - shift, EXACT) + tl.sum(_exp(x - shift, EXACT), 0)
+        total = total * exp(top - shift, EXACT) + tl.sum(exp(x - shift, EXACT), 0)
         top = new
     for start in range(0, H, BLOCK):
         x = tl.load(x_ptr + row * stride + start + col, mask=start + col < H, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        y = tl.div_rn(_exp(x - top, EXACT), total + tl.zeros((BLOCK,), tl.float32))
+        y = tl.div_rn(exp(x - top, EXACT), total + tl.zeros((BLOCK,), tl.float32))
         tl.store(y_ptr + row * H + start + col, y.to(y_ptr.dtype.element_ty), mask=start + col < H)
     tl.store(s_ptr + 2 * row, top)
     tl.store(s_ptr + 2 * row + 1, total)
@@ -125,12 +125,12 @@ def _wide_bwd_kernel(dy_ptr, x_ptr, s_ptr, dx_ptr, dy_stride, stride, H, EXACT: 
         for start in range(0, H, BLOCK):
             x = tl.load(x_ptr + row * stride + start + col, mask=start + col < H, other=float("-inf")).to(tl.float32)
             dy = tl.load(dy_ptr + row * dy_stride + start + col, mask=start + col < H, other=0.0).to(tl.float32)
-            dot += tl.sum(_exp(x - top, EXACT) * (dy - mean), 0)
+            dot += tl.sum(exp(x - top, EXACT) * (dy - mean), 0)
         mean += tl.div_rn(dot, total)
     for start in range(0, H, BLOCK):
         x = tl.load(x_ptr + row * stride + start + col, mask=start + col < H, other=0.0, eviction_policy="evict_first").to(tl.float32)
         dy = tl.load(dy_ptr + row * dy_stride + start + col, mask=start + col < H, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        dx = tl.div_rn(_exp(x - top, EXACT), total + tl.zeros((BLOCK,), tl.float32)) * (dy - mean)
+        dx = tl.div_rn(exp(x - top, EXACT), total + tl.zeros((BLOCK,), tl.float32)) * (dy - mean)
         tl.store(dx_ptr + row * H + start + col, dx.to(dx_ptr.dtype.element_ty), mask=start + col < H)
 
 

@@ -96,6 +96,12 @@ def uninitialised_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers in every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     """Compile from nothing: no graph, guard or counter of an earlier test is left."""

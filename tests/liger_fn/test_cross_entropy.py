@@ -27,7 +27,7 @@ class TestCrossEntropy(Contract):
         wrong("target-shape", ValueError, "target must have shape [2, 5]", "[10]", target=torch.Tensor.flatten),
         wrong("probabilities", TypeError, "integer dtype", "torch.float32", target=lambda t: torch.rand(2, 5, 63)),
         wrong("device", ValueError, "target must be on", "meta", ".to(", target=lambda t: t.to("meta")),
-        wrong("weight-shape", ValueError, "weight must have shape [63]", "[62]", weight=torch.ones(62)),
+        wrong("weight-shape", ValueError, "weight must have shape [63]", "[62]", weight=lambda w: w[1:]),
         wrong("weight-int", TypeError, "weight must be float32", "torch.int64", weight=lambda _: torch.ones(63, dtype=torch.int64)),
         wrong("weight-grad", ValueError, "no gradient is computed for weight", "detach", weight=lambda w: w.clone().requires_grad_()),
         wrong("smoothing", ValueError, "label_smoothing must be a number from 0 to 1", "1.5", label_smoothing=1.5),
