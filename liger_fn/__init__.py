@@ -8,6 +8,7 @@ from .add_rms_norm import add_rms_norm
 from .cross_entropy import cross_entropy
 from .glu import geglu, reglu, swiglu
 from .glu_packed import geglu_packed, swiglu_packed
+from .group_norm import group_norm
 from .layer_norm import layer_norm
 from .linear_cross_entropy import linear_cross_entropy
 from .relu_squared import relu_squared
@@ -22,6 +23,7 @@ __all__ = [
     "cross_entropy",
     "geglu",
     "geglu_packed",
+    "group_norm",
     "layer_norm",
     "linear_cross_entropy",
     "reglu",

@@ -68,6 +68,16 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
+def like(op: str, first: str, x: Tensor, **others: Tensor) -> None:
+    """Every other tensor has the shape, the dtype and the device of `x`, which is called `first`."""
+    for name, t in others.items():
+        if not isinstance(t, Tensor) or t.dtype is not x.dtype or t.shape != x.shape or t.device != x.device:
+            floating(op, **{name: t})
+            shape(op, name, t, x.shape, f"the shape of {first}")
+            same_dtype(op, x, **{name: t})
+            same_device(op, x, **{name: t})
+
+
 def rank(op: str, name: str, t: Tensor, least: int) -> None:
     """`t` has at least `least` axes."""
     if t.dim() < least:
@@ -94,7 +104,7 @@ def classes(op: str, target: Tensor, want: tuple[int, ...], why: str) -> Tensor:
     if target.is_floating_point() or target.is_complex() or target.dtype is torch.bool:
         raise TypeError(f"{op}: target must hold class indices of an integer dtype, got {target.dtype}; convert it with .long()")
     shape(op, "target", target, want, why)
-    return target.long()
+    return target if target.dtype is torch.int64 else target.long()
 
 
 def autocast(t: Tensor) -> Tensor:
@@ -108,3 +118,8 @@ def integer(op: str, name: str, value: Any, least: int | None = None) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or (least is not None and value < least):
         raise ValueError(f"{op}: {name} must be an integer{'' if least is None else f' of at least {least}'}, got {value!r}")
     return value
+
+
+def dense(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty contiguous tensor of x's shape and device, and of its dtype unless another is given."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)

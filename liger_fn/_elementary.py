@@ -1,6 +1,6 @@
-"""exp, expm1 and log1p to the last digit, for kernels: the hardware's own are off by several roundings, which fp32 results would show.
+"""exp, expm1, log1p and tanh to the last digit, for kernels: the hardware's are off by several roundings, which fp32 results would show.
 
-`EXACT` is for values that are not rounded to half precision afterwards; without it, exp is the hardware's.
+`EXACT` is for values that are not rounded to half precision afterwards; without it, exp and division are the hardware's.
 """
 
 from __future__ import annotations
@@ -49,3 +49,20 @@ def log1p(x):
     z2 = z * z
     series = 2.0 * z * (1.0 + z2 * (0.3333333333333333 + z2 * (0.2 + z2 * 0.14285714285714285)))
     return tl.where(x < 0.1, series, tl.log(1.0 + x))
+
+
+@jit
+def over(a, b, EXACT: tl.constexpr):
+    """a / b, correctly rounded where that shows."""
+    return tl.div_rn(a, b) if EXACT else a / b
+
+
+@jit
+def tanh(x, EXACT: tl.constexpr):
+    """tanh(x) for x ≥ 0, from what is small: 1 − tanh for a large x, exp(−2x) − 1 for a small one."""
+    d = expm1(-2.0 * x, EXACT)
+    t = over(-d, 2.0 + d, EXACT)
+    if EXACT:
+        e = exp(-2.0 * x, EXACT)
+        t = tl.where(e < 0.3, 1.0 - tl.div_rn(2.0 * e, 1.0 + e), t)
+    return t

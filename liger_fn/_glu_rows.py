@@ -183,40 +183,43 @@ def _tile(h: int) -> tuple[int, int]:
 
 
 def rows_of(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as rows; where all are contiguous, as one long row."""
-    if all(t.is_contiguous() for t in tensors):
-        return tuple(t.view(1, -1) for t in tensors)
-    return tuple(as_rows(t) for t in tensors)
+    """The tensors as the launches below take them: as they are where all are contiguous, else as rows."""
+    for t in tensors:
+        if not t.is_contiguous():
+            return tuple(as_rows(t) for t in tensors)
+    return tensors
 
 
-def _strides(*rows: Tensor | None) -> list[int]:
-    return [0 if t is None else t.stride(0) for t in rows]
+def _cut(like: Tensor, *tensors: Tensor | None) -> tuple[int, int, tuple[int, ...]]:
+    """(rows, columns, the stride of each tensor's rows); contiguous tensors are one long row."""
+    for t in tensors:
+        if t is not None and not t.is_contiguous():
+            return like.shape[0], like.shape[1], tuple([0 if t is None else t.stride(0) for t in tensors])
+    return 1, like.numel(), (0,) * len(tensors)
 
 
 def kernel_forward(gate: Tensor, up: Tensor | None, y: Tensor, how: How) -> None:
-    """Write y. All are `[n, h]`, dense in the last axis."""
-    n, h = gate.shape
+    """Write y. All are contiguous, or `[n, h]` and dense in the last axis."""
+    n, h, strides = _cut(gate, gate, up, y)
     columns, programs = _tile(h)
     blocks = cdiv(h, columns)
+    act, *by = how
     launch(
-        _fwd_kernel, (n * blocks,), gate.device,
-        gate, up, y, *_strides(gate, up, y), blocks, h, *how[1:],
-        ACT=_CODES[how[0]], BLOCK=columns, num_warps=programs,
-    )  # fmt: skip
+        _fwd_kernel, (n * blocks,), gate.device, gate, up, y, *strides, blocks, h, *by, ACT=_CODES[act], BLOCK=columns, num_warps=programs
+    )
 
 
 def kernel_backward(
     dy: Tensor, gate: Tensor, up: Tensor | None, dgate: Tensor | None, dup: Tensor | None, how: How, y: Tensor | None = None
 ) -> None:
     """Write what is given of dgate, dup and y, each of which may be the memory of dy, gate or up. All are as in `kernel_forward`."""
-    n, h = dy.shape
+    n, h, strides = _cut(dy, dy, gate, up, dgate, dup, y)
     columns, programs = _tile(h)
     blocks = cdiv(h, columns)
-    every = dy, gate, up, dgate, dup, y
+    act, *by = how
     launch(
-        _bwd_kernel, (n * blocks,), dy.device,
-        *every, *_strides(*every), blocks, h, *how[1:],
-        ACT=_CODES[how[0]], BLOCK=columns, num_warps=programs,
+        _bwd_kernel, (n * blocks,), dy.device, dy, gate, up, dgate, dup, y, *strides, blocks, h, *by,
+        ACT=_CODES[act], BLOCK=columns, num_warps=programs,
     )  # fmt: skip
 
 
@@ -224,11 +227,12 @@ def kernel_backward(
 
 
 def reusable(t: Tensor, rows: Tensor, others: Sequence[Tensor]) -> bool:
-    """May the gradient of `t` be written over it? `rows` is what kernels read of it, `others` what else they read or write.
+    """May the gradient of `t` be written over it? `rows` is what kernels read of it, `others` what else they read or write: see `rows_of`.
 
     Not where the rows are a copy, share elements with each other (an expanded tensor) or with another tensor; and not over a leaf of the
     graph, whose memory is the caller's for good.
     """
+    rows, *others = [r.view(1, -1) if r.is_contiguous() else r for r in (rows, *others)]
     n, h = rows.shape
     own = rows.data_ptr() == t.data_ptr() and (n == 1 or rows.stride(0) >= h)
     return own and not (t.is_leaf and t.requires_grad) and all(_apart(rows, other) for other in others)

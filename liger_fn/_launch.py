@@ -57,25 +57,35 @@ def _module(kind: str) -> Any:
     return torch.get_device_module(kind)
 
 
+@cache
+def _current(kind: str) -> Callable[[], int]:
+    """What tells the index of the current device; a tensor of that kind exists, so nothing has to be initialised."""
+    return torch._C._cuda_getDevice if kind == "cuda" else _module(kind).current_device
+
+
 _ready: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], None]] = {}
 _READY_AT_MOST = 4096
+_leading: dict[int, int] = {}  # pointers that a kernel takes, before its numbers; a kernel is never freed
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any) -> None:
     """Run `kernel[grid](*args, **meta)` on `device`, which need not be the current one. An empty grid launches nothing.
 
-    `args` are the kernel's leading parameters, `meta` its constexprs and launch options.
+    `args` are the kernel's leading parameters, tensors or None for those called `…_ptr`, which come first, then numbers; `meta` its
+    constexprs and launch options.
     """
     if 0 in grid:
         return
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, meta))
-    elif device.type == "cpu":
+        return
+    kind = device.type
+    if kind == "cpu":
         kernel[grid](*args, **meta)
-    elif device.index == _module(device.type).current_device():
+    elif device.index == _current(kind)():
         _launch(kernel, grid, device.index, args, meta)
     else:
-        with _module(device.type).device(device):
+        with _module(kind).device(device):
             _launch(kernel, grid, device.index, args, meta)
 
 
@@ -84,13 +94,11 @@ def _launch(kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ..
     if not NVIDIA:  # elsewhere Triton compiles by more than the alignment of a pointer
         kernel[grid](*args, **meta)
         return
-    key = [id(kernel), device, grid, *meta.values()]  # a kernel lives as long as what it was compiled to
-    for a in args:  # all that the compiled kernel depends on, and the integers themselves
-        if isinstance(a, Tensor):
-            key += a.dtype, a.data_ptr() & 15
-        else:
-            key.append(a)
-    seen = tuple(key)
+    name = id(kernel)
+    n = _leading.get(name) or _pointers(kernel)
+    # All that the compiled kernel depends on: the numbers themselves, and of each tensor its dtype and alignment.
+    tensors = [None if t is None else (t.dtype, t.data_ptr() & 15) for t in args[:n]]
+    seen = (name, device, grid, args[n:], *meta.values(), *tensors)
     ready = _ready.get(seen)
     if ready is not None:
         ready(args)
@@ -99,6 +107,11 @@ def _launch(kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ..
     if len(_ready) >= _READY_AT_MOST:  # a new shape at every step: start over
         _ready.clear()
     _ready[seen] = _direct(compiled, (*grid, 1, 1)[:3], device, tuple(meta[name] for name in kernel.arg_names[len(args) :]))
+
+
+def _pointers(kernel: Any) -> int:
+    n = _leading[id(kernel)] = sum(name.endswith("_ptr") for name in kernel.arg_names)
+    return n
 
 
 def _direct(compiled: Any, grid: tuple[int, ...], device: int, constants: tuple[Any, ...]) -> Callable[[tuple[Any, ...]], None]:

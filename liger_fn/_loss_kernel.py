@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from ._elementary import exp, expm1, log1p
+from . import _launch
+from ._elementary import exp, expm1, log1p, over, tanh
 from ._launch import as_rows, jit, launch, next_power_of_2, registers, tl, warps
 from ._loss_rows import PLAIN, Terms
 
@@ -16,23 +17,21 @@ from ._loss_rows import PLAIN, Terms
 def _capped(logits, cap, CAP: tl.constexpr, EXACT: tl.constexpr):
     """cap tanh(logits / cap), to the last digit where that is small."""
     if CAP:
-        e = expm1(-2.0 * tl.abs(_over(logits, cap, EXACT)), EXACT)
-        t = cap * _over(e, 2.0 + e, EXACT)
-        return tl.where(logits < 0.0, t, -t)
+        t = cap * tanh(over(tl.abs(logits), cap, EXACT), EXACT)
+        return tl.where(logits < 0.0, -t, t)
     return logits
 
 
 @jit
 def _slope(logits, cap, EXACT: tl.constexpr):
-    """Its derivative, 4 e / (1 + e)² with e = exp(−2 |logits| / cap)."""
-    e = exp(-2.0 * tl.abs(_over(logits, cap, EXACT)), EXACT)
-    return _over(4.0 * e, (1.0 + e) * (1.0 + e), EXACT)
-
-
-@jit
-def _over(a, b, EXACT: tl.constexpr):
-    """a / b; correctly rounded where that shows."""
-    return tl.div_rn(a, b) if EXACT else a / b
+    """Its derivative, 4 e / (1 + e)² with e = exp(−2 |logits| / cap); for a small tanh, 1 − tanh² has a rounding or two less."""
+    x = over(tl.abs(logits), cap, EXACT)
+    e = exp(-2.0 * x, EXACT)
+    slope = over(4.0 * e, (1.0 + e) * (1.0 + e), EXACT)
+    if EXACT:
+        t = tanh(x, EXACT)
+        slope = tl.where(t < 0.5, 1.0 - t * t, slope)
+    return slope
 
 
 @jit
@@ -178,22 +177,19 @@ def _rows_kernel(
         tl.store(g_at + col, g.to(grad_ptr.dtype.element_ty), mask=col < V, cache_modifier=".cs")
 
 
-class _Tile(NamedTuple):
-    """Columns that a program holds at a time, how many of them a warp holds, and the most registers a thread may have (None: any)."""
+@cache
+def _options(v: int, size: int, writes: bool, most: int, nvidia: bool) -> dict[str, int]:
+    """For rows of `v` logits of `size` bytes: columns at a time, warps, registers. Chosen on an H100.
 
-    columns: int
-    per_warp: int
-    registers: int | None
-
-
-def _tile(v: int, size: int, writes: bool) -> _Tile:
-    """For rows of `v` logits of `size` bytes, chosen on an H100. A loss and its gradient in one launch need two programs on a
-    multiprocessor at once, for 16-bit logits 32 registers a thread, and rows of theirs that L2 still holds at the second reading.
+    A loss and its gradient in one launch need two programs on a multiprocessor at once, for 16-bit logits 32 registers a thread, and rows
+    of theirs that L2 still holds at the second reading.
     """
-    if not writes:
-        return _Tile(8192, 1024, None)
-    columns = 16384 if v > 65536 or v <= 16384 else 8192
-    return _Tile(columns, 512, 32 if size == 2 and v > columns else None)
+    per_warp, columns, limit = 1024, 8192, None
+    if writes:
+        per_warp, columns = 512, 16384 if v > 65536 or v <= 16384 else 8192
+        limit = 32 if size == 2 and v > columns else None
+    block = min(next_power_of_2(v), columns)
+    return {"BLOCK": block, "num_warps": warps(block, per_warp, least=4), **registers(limit)}
 
 
 def kernel_rows(
@@ -214,12 +210,10 @@ def kernel_rows(
     n, v = logits.shape
     weight, smoothing, z, cap = terms
     whole = weight.sum(dtype=torch.float32) if weight is not None and smoothing else None
-    tile = _tile(v, logits.element_size(), grad is not None)
-    block = min(next_power_of_2(v), tile.columns)
     launch(
         _rows_kernel, (n,), logits.device,
         logits, target, stats, loss, aux, grad, scale, divisor, weight, whole, logits.stride(0), target.stride(0),
         0 if grad is None else grad.stride(0), 0 if scale is None or scale.numel() == 1 else scale.stride(0), v, ignore_index,
         smoothing, z, cap, SMOOTH=smoothing != 0.0, CAP=cap != 0.0, EXACT=logits.dtype is torch.float32,
-        BLOCK=block, num_warps=warps(block, tile.per_warp, least=4), **registers(tile.registers),
+        **_options(v, logits.element_size(), grad is not None, _launch.MAX_WARPS, _launch.NVIDIA),
     )  # fmt: skip

@@ -23,8 +23,6 @@ from torch import Tensor
 
 from ._check import wide
 
-_FP64 = ("cpu", "cuda", "meta")  # devices that have fp64; Apple's and some of Intel's have not
-
 
 class Terms(NamedTuple):
     """What a loss has beyond the plain cross entropy."""
@@ -110,7 +108,8 @@ def plain_rows(
     """`Rows` in plain PyTorch."""
     (weight, smoothing, z, cap), raw = terms, wide(logits)
     counted, wrong, column = valid(target, ignore_index, raw.shape[-1])
-    a = cap * torch.tanh(raw / cap) if cap else raw
+    t = torch.tanh(raw / cap) if cap else raw
+    a = cap * t if cap else raw
     at, v = column.unsqueeze(-1), a.shape[-1]
     a_y = a.gather(-1, at).squeeze(-1)
     weight = None if weight is None else weight.to(a.dtype)
@@ -148,8 +147,8 @@ def plain_rows(
         if smoothing:
             p -= share
         if cap:
-            e = torch.exp(raw.abs() * (-2.0 / cap))
-            p *= 4.0 * e / (1.0 + e).square()  # 1 − tanh², which would cancel
+            e = torch.exp(raw.abs() / (-0.5 * cap))
+            p *= torch.where(t.abs() < 0.5, 1.0 - t.square(), 4.0 * e / (1.0 + e).square())  # 1 − tanh² alone would cancel near 1
         if scale is not None:
             p *= scale.unsqueeze(-1)
         if divisor is not None:
@@ -168,25 +167,3 @@ def check_targets(op: str, target: Tensor, ignore_index: int, v: int) -> None:
             f"{op}: every target must be in [0, {v}) or be ignore_index={ignore_index}, got {wrong[0].item()} "
             f"({wrong.numel()} such targets); check the tokenizer's vocabulary size against the logits"
         )
-
-
-def reduced(each: Tensor, divisor: Tensor | None, reduction: str, shape: torch.Size) -> Tensor:
-    """`[N]` losses as the reduction wants them, summed in fp64: one rounding is all that is added."""
-    if reduction == "none":
-        return each.view(shape)
-    total = each.sum(dtype=torch.float64 if each.device.type in _FP64 else None)
-    return (total if divisor is None else total / divisor).to(each.dtype)
-
-
-def mean_over(
-    target: Tensor, ignore_index: int, reduction: str, weight: Tensor | None = None, items: Tensor | None = None
-) -> Tensor | None:
-    """What a mean divides by, as a tensor so that no device has to wait: `items` if given, else the weights of the rows that count. Not
-    zero: the mean over no row is 0. None for the other reductions.
-    """
-    if reduction != "mean":
-        return None
-    if items is None:
-        counted = target != ignore_index
-        items = counted.sum() if weight is None else (wide(weight)[target.clamp(0, len(weight) - 1)] * counted).sum()
-    return torch.where(items == 0, torch.ones_like(items), items)

@@ -1,7 +1,8 @@
 r"""The rows of a norm, as rms_norm, add_rms_norm and layer_norm share them: how a program cuts them, and those too wide for one to hold.
 
-A program holds rows of up to `RESIDENT` columns in its registers, and reads them once: those kernels stand in the ops' own files. Of a
-wider row it walks the columns twice, here, and the second walk finds them in L2. With x̂ = (x − m) r, where m = 0 without a mean:
+A program holds rows of up to `RESIDENT` columns in its registers, and reads them once: those kernels stand in the ops' own files, and in
+`_norm_bwd`. Of a wider row it walks the columns twice, here, and the second walk finds them in L2. With x̂ = (x − m) r, where m = 0
+without a mean:
 
     pass 1: m, r                                    pass 2: y = x̂ (w + offset) + b
     pass 1: c₁ = mean(g), c₂ = mean(g x̂)            pass 2: dx = r (g − c₁ − x̂ c₂) + ds        where g = dy (w + offset), c₁ = 0 without m
@@ -19,9 +20,9 @@ from torch import Tensor
 
 from . import _launch
 from ._launch import cdiv, jit, launch, next_power_of_2, processors, tl, warps
-from ._reduce import sum_rows
+from ._reduce import partial, sum_rows
 
-RESIDENT = 65536  # columns one program can hold
+RESIDENT = 65536  # columns one program can hold in forward
 WIDEST = 2**31 - 2**16  # columns that a 32-bit number counts, and a block beyond them
 PER_WARP = 1024  # elements a warp holds: 32 a thread (H100)
 BLOCK, WARPS = 16384, 16  # of a wide row: columns at a time, and the warps for them
@@ -29,24 +30,23 @@ ROWS, COLUMNS = 16, 128  # of a sum over wide rows: what a program adds at a tim
 
 
 class Tile(NamedTuple):
-    """How a row length is cut: the rows and columns a program holds, its warps, and the programs a multiprocessor holds at once (H100)."""
+    """How a row length is cut in forward: the rows and columns a program holds, and its warps."""
 
     rows: int
     columns: int
     warps: int
-    resident: int
 
 
-def tile(h: int, per_warp: int = PER_WARP) -> Tile:
+def tile(h: int) -> Tile:
     """One wide row, or several short ones."""
-    return _tile(h, per_warp, _launch.MAX_WARPS)
+    return _tile(h, _launch.MAX_WARPS)
 
 
 @cache
-def _tile(h: int, per_warp: int, most: int) -> Tile:
+def _tile(h: int, most: int) -> Tile:
     columns = next_power_of_2(h)
     rows = max(1, 2048 // columns)
-    return Tile(rows, columns, min(most, warps(rows * columns, per_warp)), max(1, min(4, 8192 // (rows * columns))))
+    return Tile(rows, columns, min(most, warps(rows * columns, PER_WARP)))
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------------------------
@@ -169,17 +169,6 @@ def _wide_sums_kernel(
 # --- launches ---------------------------------------------------------------------------------------------------------------------------
 
 
-def partial(out: Tensor | None, programs: int, like: Tensor) -> Tensor | None:
-    """Room for a sum of each program, to be summed in turn by `finish`; `out` itself where there is but one."""
-    return out if out is None or programs == 1 else like.new_empty(programs, out.shape[0])
-
-
-def finish(parts: Tensor | None, out: Tensor | None) -> None:
-    """Sum the programs' parts into `out`."""
-    if parts is not None and out is not None and parts is not out:
-        sum_rows(parts, out)
-
-
 def wide_fwd(
     x: Tensor,
     weight: Tensor | None,
@@ -232,5 +221,4 @@ def wide_bwd(
             _wide_sums_kernel, (blocks, parts), x.device,
             dy, x, mean, rstd, dws, dbs, dy.stride(0), x.stride(0), n, h, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
         )  # fmt: skip
-        finish(dws, dw)
-        finish(dbs, db)
+        sum_rows(dws, dw, dbs, db)

@@ -2,7 +2,7 @@
 
     out_j = Σ_i partial_ij
 
-One launch, deterministic, rounding once to the dtype of `out`.
+One launch for one such matrix or two, deterministic, rounding once to the dtype of `out`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ._launch import cdiv, jit, launch, tl
 
+ROWS, BLOCK = 128, 32  # of a program
+
 
 @jit
-def _sum_rows_kernel(p_ptr, out_ptr, N, H, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _column_sums(p_ptr, out_ptr, N, H, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     col = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
     acc = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, N, ROWS):
@@ -23,7 +25,28 @@ def _sum_rows_kernel(p_ptr, out_ptr, N, H, ROWS: tl.constexpr, BLOCK: tl.constex
     tl.store(out_ptr + col, out.to(out_ptr.dtype.element_ty), mask=col < H)
 
 
-def sum_rows(partial: Tensor, out: Tensor) -> None:
-    """Write `partial.sum(0)` into the vector `out`, in its dtype."""
-    n, h = partial.shape
-    launch(_sum_rows_kernel, (cdiv(h, 32),), partial.device, partial, out, n, h, ROWS=64, BLOCK=32, num_warps=4)
+@jit
+def _sum_rows_kernel(p_ptr, q_ptr, out_ptr, also_ptr, N, H, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    if q_ptr is None:  # noqa: SIM114  what is None is known to the compiler, which program this is is not
+        _column_sums(p_ptr, out_ptr, N, H, ROWS, BLOCK)
+    elif tl.program_id(1) == 0:
+        _column_sums(p_ptr, out_ptr, N, H, ROWS, BLOCK)
+    else:
+        _column_sums(q_ptr, also_ptr, N, H, ROWS, BLOCK)
+
+
+def partial(out: Tensor | None, programs: int, like: Tensor) -> Tensor | None:
+    """Room for a sum of each program, in the dtype of `like`, for `sum_rows` to add up; `out` itself where there is but one."""
+    return out if out is None or programs == 1 else like.new_empty(programs, out.shape[0])
+
+
+def sum_rows(p: Tensor | None, out: Tensor | None, q: Tensor | None = None, also: Tensor | None = None) -> None:
+    """Write `p.sum(0)` into the vector `out` and `q.sum(0)` into `also`, in their dtypes. Nothing is done for what is absent or summed."""
+    if p is None or p is out:
+        p, out, q, also = q, also, None, None
+    if p is None or out is None or p is out:
+        return
+    if q is also:
+        q = also = None
+    n, h = p.shape
+    launch(_sum_rows_kernel, (cdiv(h, BLOCK), 1 + (q is not None)), p.device, p, q, out, also, n, h, ROWS=ROWS, BLOCK=BLOCK, num_warps=8)

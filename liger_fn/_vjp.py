@@ -76,7 +76,7 @@ class Op(Generic[P, R]):
         self.residuals, self.outputs, self.gradients = residuals, outputs, gradients
         self.cotangents = cotangents
         self.diff, self.n_out, self._aux = diff, n_out, aux
-        self._arguments, self._reference, self._pairs = arguments, reference, pairs
+        self._arguments, self._reference, self.pairs = arguments, reference, pairs
 
         self.hints = {k: h for k, h in get_type_hints(reference).items() if k != "return"}
         self.fields = get_type_hints(residuals)
@@ -84,7 +84,7 @@ class Op(Generic[P, R]):
         self.saved = sum(map(is_tensor, self.fields.values()))
         self._donate = list(self.hints).index("donate") if "donate" in self.hints else None
         self.aux_flag = list(self.hints).index("return_aux") if aux is not None else None
-        self._lean = _lean(self)
+        self._lean = _lean(self)  # `apply`, without a look for functorch's transforms: `composes` has looked
         self.composable = Composable(self)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -98,7 +98,7 @@ class Op(Generic[P, R]):
         if self.composes(flat[: self.tensors]):
             out = self.composable.call(backend, graded, *self._kept(flat))
         elif graded:
-            out = self._lean.apply(backend, *flat)
+            out = self._lean(backend, flat[self.tensors :], *flat[: self.tensors])
         else:
             out = self.with_aux(flat, *self.run_fwd(backend, flat, (False,) * self.diff))
         return cast(R, out if self._aux is None else self._finished(flat, out))
@@ -165,11 +165,11 @@ class Op(Generic[P, R]):
 
     def run_fwd(self, backend: Backend, flat: Args, needs: Needs) -> tuple[Any, Any]:
         """The pair's forward on `backend`."""
-        return self._pairs[backend].fwd(*flat, needs=needs)
+        return self.pairs[backend].fwd(*flat, needs=needs)
 
     def run_bwd(self, backend: Backend, residuals: Any, dy: Any, needs: Needs, donate: bool) -> tuple[Tensor | None, ...]:
         """The pair's backward, likewise."""
-        return self._pairs[backend].bwd(residuals, dy, needs=needs, donate=donate)
+        return self.pairs[backend].bwd(residuals, dy, needs=needs, donate=donate)
 
     def _differentiated(self, flat: Args) -> bool:
         for t in flat[: self.diff]:  # noqa: SIM110  a loop: this is every call's host time
@@ -226,32 +226,33 @@ def custom_vjp(
     return wrap
 
 
-def _lean(op: Op[..., Any]) -> type[Function]:
+def _lean(op: Op[..., Any]) -> Callable[..., Any]:
     """Plain eager autograd: one Function, fwd and bwd called directly."""
     diff, saved, residuals = op.diff, op.saved, op.residuals
     keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
     refuse = _refuse(op.name)
-    no_more = (None,) * (len(op.hints) - diff)
+    pairs, aux_flag, n_out = op.pairs, op.aux_flag, op.n_out
+    no_more = (None,) * (op.tensors - diff)
 
-    def forward(ctx: Any, backend: Backend, *flat: Any) -> Any:
-        y, res = op.run_fwd(backend, flat, ctx.needs_input_grad[1 : 1 + diff])
+    def forward(ctx: Any, backend: Backend, options: Args, *tensors: Tensor | None) -> Any:
+        flat = tensors + options
+        y, res = pairs[backend].fwd(*flat, needs=ctx.needs_input_grad[2 : 2 + diff])
         ctx.save_for_backward(*res[:saved])
         ctx.rest = backend, res[saved:]
-        out = op.with_aux(flat, y, res)
-        if out is not y:
-            ctx.mark_non_differentiable(out[1])
-        return out
+        if aux_flag is None or not flat[aux_flag]:
+            return y
+        ctx.mark_non_differentiable(res.aux)
+        return y, res.aux
 
     def backward(ctx: Any, *dy: Tensor) -> Args:
         backend, options = ctx.rest
         tensors = ctx.saved_tensors  # unpacked once: checkpointing makes them anew at each reading
         res = tuple.__new__(residuals, tensors + options)
-        needs = ctx.needs_input_grad[1 : 1 + diff]
-        run = (
-            op.composable.bwd if op.composes(dy) or _active(_VMAP_MODE) else op.run_bwd
-        )  # or the graph is walked with many cotangents at once
+        needs = ctx.needs_input_grad[2 : 2 + diff]
+        seen = op.composes(dy) or _active(_VMAP_MODE)  # or the graph is walked with many cotangents at once
+        run = op.composable.bwd if seen else op.run_bwd
         # What fwd computed is freed once this returns, unless the graph is kept for another backward.
-        rest = backend, res, dy[0] if op.n_out == 1 else dy, needs, not keep_graph()
+        rest = backend, res, dy[0] if n_out == 1 else dy, needs, not keep_graph()
         if _grad_enabled():
             with torch.no_grad():
                 grads = run(*rest)
@@ -260,9 +261,10 @@ def _lean(op: Op[..., Any]) -> type[Function]:
             grads = refuse.apply(diff, *grads, *dy, *tensors, *hidden)
         else:
             grads = run(*rest)
-        return (None, *grads, *no_more)
+        return (None, None, *grads, *no_more)
 
-    return type(op.name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+    made = type(op.name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+    return super(Function, made).apply  # type: ignore[misc]
 
 
 def _tangent(t: Tensor | None) -> bool:

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from . import _check
-from ._check import wide
-from ._launch import as_rows, cdiv, jit, launch, processors, tl
-from ._norm_rows import RESIDENT, WIDEST, finish, partial, tile, wide_bwd, wide_fwd
+from ._check import dense, wide
+from ._launch import as_rows, cdiv, jit, launch, tl
+from ._norm_bwd import norm_bwd
+from ._norm_rows import RESIDENT, WIDEST, tile, wide_fwd
 from ._vjp import Args, Needs, custom_vjp
 from .rms_norm import Cast, rms_norm
-
-BWD_PER_WARP = 512  # elements a warp holds in backward, of s, dy, ds and dw
 
 
 class Residuals(NamedTuple):
@@ -97,49 +96,13 @@ def _fwd_kernel(
     tl.store(r_ptr + row, r, mask=row < N)
 
 
-@jit
-def _bwd_kernel(
-    dy_ptr, ds_ptr, s_ptr, res_ptr, w_ptr, r_ptr, dx_ptr, again_ptr, dw_ptr, dy_stride, ds_stride, s_stride, res_stride, N, H, offset,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    pid = tl.program_id(0)
-    col = tl.arange(0, BLOCK)[None, :]
-    if w_ptr is not None:
-        w = tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32) + offset
-    dw = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(pid * ROWS, N, tl.num_programs(0) * ROWS):
-        row = start + tl.arange(0, ROWS).to(tl.int64)
-        keep = (row < N)[:, None] & (col < H)
-        s = tl.load(s_ptr + row[:, None] * s_stride + col, mask=keep, other=0.0).to(tl.float32)
-        if res_ptr is not None:
-            s += tl.load(res_ptr + row[:, None] * res_stride + col, mask=keep, other=0.0).to(tl.float32)
-            s = s.to(s_ptr.dtype.element_ty).to(tl.float32)
-        dy = tl.load(dy_ptr + row[:, None] * dy_stride + col, mask=keep, other=0.0).to(tl.float32)
-        r = tl.load(r_ptr + row, mask=row < N, other=0.0)[:, None]
-        sr = s * r
-        if dx_ptr is not None:
-            ds = tl.load(ds_ptr + row[:, None] * ds_stride + col, mask=keep, other=0.0)
-            g = dy
-            if w_ptr is not None:
-                g = dy * w
-            dx = r * (g - sr * tl.div_rn(tl.sum(g * sr, 1), H * 1.0)[:, None]) + ds.to(tl.float32)
-            dx = dx.to(dx_ptr.dtype.element_ty)
-            tl.store(dx_ptr + row[:, None] * H + col, dx, mask=keep)
-            if again_ptr is not None:
-                tl.store(again_ptr + row[:, None] * H + col, dx, mask=keep)
-        if dw_ptr is not None:
-            dw += dy * sr
-    if dw_ptr is not None:
-        tl.store(dw_ptr + pid.to(tl.int64) * H + col, tl.sum(dw, 0)[None, :].to(dw_ptr.dtype.element_ty), mask=col < H)
-
-
 # --- forward and backward ---------------------------------------------------------------------------------------------------------------
 
 
 def _made(x: Tensor, weight: Tensor | None, cast: str) -> tuple[Tensor, Tensor, Tensor]:
     """y, s and rstd."""
     dtype = x.dtype if weight is None or cast == "gemma" else torch.promote_types(x.dtype, weight.dtype)
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=_check.wide_dtype(x))
+    return dense(x, dtype), dense(x), x.new_empty(x.shape[:-1], dtype=_check.wide_dtype(x))
 
 
 def _outputs(
@@ -180,21 +143,10 @@ def _bwd(res: Residuals, dy: tuple[Tensor, Tensor], needs: Needs, donate: bool) 
     shared = donate and needs[0] and needs[1]
     dx, dresidual, dw = _gradients(res, dy, (needs[0], needs[1] and not shared, needs[2]))
     first, again = (dresidual, None) if dx is None else (dx, dresidual)
-    dys, dss = as_rows(dy[0]), None if first is None else as_rows(dy[1])
-    n, h = dys.shape
-    if h > RESIDENT:
-        wide_bwd(dys, as_rows(_sum(res)), weight, rstd, first, dw, offset=offset, ds=dss, again=again)
-    else:
-        rows, adds = as_rows(s if x is None else x), None if residual is None else as_rows(residual)
-        t = tile(h, BWD_PER_WARP)
-        programs = min(cdiv(n, t.rows), t.resident * processors(s.device))
-        dws = partial(dw, programs, rstd)
-        launch(
-            _bwd_kernel, (programs,), s.device,
-            dys, dss, rows, adds, weight, rstd, first, again, dws, dys.stride(0), 0 if dss is None else dss.stride(0), rows.stride(0),
-            0 if adds is None else adds.stride(0), n, h, offset, ROWS=t.rows, BLOCK=t.columns, num_warps=t.warps,
-        )  # fmt: skip
-        finish(dws, dw)
+    norm_bwd(
+        as_rows(dy[0]), as_rows(s if x is None else x), weight, rstd, first, dw, offset=offset,
+        add=None if residual is None else as_rows(residual), ds=None if first is None else as_rows(dy[1]), again=again,
+    )  # fmt: skip
     return dx, dx if shared else dresidual, dw
 
 

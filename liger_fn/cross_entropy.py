@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from . import _check
+from ._check import dense
 from ._loss_kernel import kernel_rows
-from ._loss_rows import Rows, Terms, check_targets, losses, mean_over, plain_rows, reduced
+from ._loss_mean import Reduce, divisor_dtype, kernel_reduce, plain_reduce
+from ._loss_rows import Rows, Terms, check_targets, losses, plain_rows
 from ._scale import kernel_scale, plain_scale
 from ._vjp import Args, Needs, custom_vjp
 
@@ -28,13 +30,14 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class Parts(NamedTuple):
-    """What differs between the backends: the rows, and the scaling of a gradient that forward made."""
+    """What differs between the backends: the rows, the loss of them all, and the scaling of a gradient that forward made."""
 
     rows: Rows
+    reduce: Reduce
     scale: Callable[[Tensor, Tensor, Tensor], None]
 
 
-KERNELS, PLAIN = Parts(kernel_rows, kernel_scale), Parts(plain_rows, plain_scale)
+KERNELS, PLAIN = Parts(kernel_rows, kernel_reduce, kernel_scale), Parts(plain_rows, plain_reduce, plain_scale)
 
 
 class Residuals(NamedTuple):
@@ -74,7 +77,7 @@ def _reference(
 ) -> Any:  # fmt: skip
     flat = target.reshape(-1)
     each = losses(logits.reshape(-1, logits.shape[-1]), flat, ignore_index, Terms(weight, label_smoothing, z_loss, softcap))
-    y = reduced(each, mean_over(flat, ignore_index, reduction, weight, num_items), reduction, target.shape)
+    y, _ = plain_reduce(each, target, ignore_index, reduction, weight, num_items)
     if not return_aux:
         return y
     aux = each.new_empty(4, len(flat))
@@ -95,14 +98,13 @@ def _outputs(
 ) -> Args:  # fmt: skip
     dtype = _check.wide_dtype(logits)
     y = logits.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
-    over = num_items.dtype if num_items is not None else torch.int64 if weight is None else _check.wide_dtype(weight)
-    divisor = target.new_empty((), dtype=over) if reduction == "mean" else None
+    divisor = target.new_empty((), dtype=divisor_dtype(weight, num_items)) if reduction == "mean" else None
     aux = logits.new_empty(4, target.numel(), dtype=dtype) if return_aux else None
     return y, logits.new_empty(target.numel(), 2, dtype=dtype), divisor, aux
 
 
 def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None]:
-    return (res.logits.new_empty(res.logits.shape) if needs[0] else None,)
+    return (dense(res.logits) if needs[0] else None,)
 
 
 def _fwd(
@@ -112,20 +114,24 @@ def _fwd(
 ) -> tuple[Tensor, Residuals]:  # fmt: skip
     v, flat = logits.shape[-1], target.reshape(-1)
     check_targets("cross_entropy", flat, ignore_index, v)
-    stats = logits.new_empty(target.numel(), 2, dtype=_check.wide_dtype(logits))
-    each, divisor = torch.empty_like(stats[:, 0]), mean_over(flat, ignore_index, reduction, weight, num_items)
-    aux = stats.new_empty(4, len(flat)) if return_aux else None
+    n = target.numel()
+    stats = logits.new_empty(n, 2, dtype=_check.wide_dtype(logits))
+    each = stats.new_empty(n)
+    aux = stats.new_empty(4, n) if return_aux else None
+    over = target, ignore_index, reduction, weight, num_items
     donate = donate and needs[0] and reduction != "none" and logits.is_contiguous() and logits.dtype is not torch.float16
+    divisor = parts.reduce(None, *over)[1] if donate else None
     parts.rows(
         logits.reshape(-1, v), flat, ignore_index, Terms(weight, label_smoothing, z_loss, softcap), stats=stats, loss=each, aux=aux,
-        grad=logits.view(-1, v) if donate else None, divisor=divisor if donate else None,
+        grad=logits.view(-1, v) if donate else None, divisor=divisor,
     )  # fmt: skip
     if donate:
         torch.autograd.graph.increment_version(logits)  # whoever kept the logits for a backward of their own must hear of it
-    res = Residuals(
+    y, divisor = parts.reduce(each, *over, divisor)
+    assert y is not None  # each is there
+    return y, Residuals(
         logits, target, weight, stats, divisor, aux, ignore_index, label_smoothing, z_loss, softcap, reduction, donate
     )  # fmt: skip
-    return reduced(each, divisor, reduction, target.shape), res
 
 
 def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, parts: Parts) -> tuple[Tensor | None]:

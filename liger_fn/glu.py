@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, ParamSpec
 from torch import Tensor
 
 from . import _check
+from ._check import dense
 from ._glu_rows import flag, floats, kernel_backward, kernel_forward, number, overwritten, plain_backward, plain_forward, reusable, rows_of
 from ._vjp import Args, Needs, Op, custom_vjp
 
@@ -57,35 +58,37 @@ def _plain_bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[
 def _outputs(
     gate: Tensor, up: Tensor, act: str, gate_multiplier: float, up_multiplier: float, donate: bool, needs: Needs
 ) -> tuple[Tensor]:  # fmt: skip
-    return (gate.new_empty(gate.shape),)
+    return (dense(gate),)
 
 
 def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:
-    return tuple(t.new_empty(t.shape) if n else None for t, n in zip(res[:2], needs, strict=True))
+    return dense(res.gate) if needs[0] else None, dense(res.up) if needs[1] else None
 
 
 def _fwd(
     gate: Tensor, up: Tensor, act: str, gate_multiplier: float, up_multiplier: float, donate: bool, needs: Needs
 ) -> tuple[Tensor, Residuals]:  # fmt: skip
-    res = Residuals(gate, up, act, gate_multiplier, up_multiplier, donate)
-    (y,) = _outputs(*res, needs=needs)
+    y = dense(gate)
     g, u = rows_of(gate, up)
-    kernel_forward(g, u, y.view(g.shape), res[2:5])
-    return y, res
+    kernel_forward(g, u, y if g is gate else y.view(g.shape), (act, gate_multiplier, up_multiplier))
+    return y, Residuals(gate, up, act, gate_multiplier, up_multiplier, donate)
 
 
 def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor | None, ...]:
-    d, g, u = rows_of(dy, *res[:2])
-    if not (donate and res.donate):
-        grads = _gradients(res, dy, needs)
-        dg, du = (t if t is None else t.view(g.shape) for t in grads)
-        kernel_backward(d, g, u, dg, du, res[2:5])
+    gate, up, act, gate_multiplier, up_multiplier, mine = res
+    how = act, gate_multiplier, up_multiplier
+    d, g, u = rows_of(dy, gate, up)
+    if not (donate and mine):
+        dg, du = grads = _gradients(res, dy, needs)
+        if g is not gate:
+            dg, du = (t if t is None else t.view(g.shape) for t in grads)
+        kernel_backward(d, g, u, dg, du, how)
         return grads
     over = needs[0] and reusable(res.gate, g, (d, u)), needs[1] and reusable(res.up, u, (d, g))
     made = _gradients(res, dy, tuple(n and not o for n, o in zip(needs, over, strict=True)))
     each = tuple(zip(res[:2], (g, u), over, made, strict=True))
     dg, du = (rows if o else None if m is None else m.view(rows.shape) for _, rows, o, m in each)
-    kernel_backward(d, g, u, dg, du, res[2:5])
+    kernel_backward(d, g, u, dg, du, how)
     overwritten([t for t, _, o, _ in each if o])
     return tuple(t.detach() if o else m for t, _, o, m in each)
 
@@ -109,10 +112,7 @@ def _glu(arguments: Callable[P, Args]) -> Op[P, Tensor]:
 
 def _checked(op: str, gate: Tensor, up: Tensor, act: str, gate_multiplier: float, up_multiplier: float, donate: bool) -> Args:
     floats(op, gate=gate)
-    _check.floating(op, up=up)
-    _check.shape(op, "up", up, gate.shape, "the shape of gate")
-    _check.same_dtype(op, gate, up=up)
-    _check.same_device(op, gate, up=up)
+    _check.like(op, "gate", gate, up=up)
     gate_multiplier, up_multiplier = number(op, "gate_multiplier", gate_multiplier), number(op, "up_multiplier", up_multiplier)
     return gate, up, act, gate_multiplier, up_multiplier, flag(op, "donate", donate)
 

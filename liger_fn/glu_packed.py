@@ -15,6 +15,7 @@ from typing import NamedTuple, ParamSpec
 import torch
 from torch import Tensor
 
+from ._check import dense
 from ._glu_rows import flag, floats, kernel_backward, kernel_forward, number, overwritten, plain_backward, plain_forward, reusable
 from ._launch import as_rows
 from ._vjp import Args, Needs, Op, custom_vjp
@@ -72,7 +73,7 @@ def _outputs(
 
 
 def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None]:
-    return (res.gate_up.new_empty(res.gate_up.shape) if needs[0] else None,)
+    return (dense(res.gate_up) if needs[0] else None,)
 
 
 def _fwd(

@@ -17,12 +17,10 @@ from torch import Tensor
 
 from . import _check
 from ._check import wide
-from ._launch import as_rows, cdiv, jit, launch, processors, tl
-from ._norm_rows import RESIDENT, WIDEST, finish, partial, tile, wide_bwd, wide_fwd
+from ._launch import as_rows, cdiv, jit, launch, tl
+from ._norm_bwd import norm_bwd
+from ._norm_rows import RESIDENT, WIDEST, tile, wide_fwd
 from ._vjp import Args, Needs, custom_vjp
-
-SUMMED = 16384  # columns whose dw and db a program can hold: of wider rows they, and what they displace, would lie in memory
-BWD_PER_WARP = 512  # elements a warp holds in backward, beside as many of dw and of db
 
 
 class Residuals(NamedTuple):
@@ -75,10 +73,11 @@ def _fwd_kernel(x_ptr, w_ptr, b_ptr, y_ptr, m_ptr, r_ptr, stride, N, H, eps, ROW
     keep = (row < N)[:, None] & (col < H)
     x = tl.load(x_ptr + row[:, None] * stride + col, mask=keep, other=0.0).to(tl.float32)
     m = tl.div_rn(tl.sum(x, 1), H * 1.0)
-    m += tl.div_rn(tl.sum(tl.where(keep, x - m[:, None], 0.0), 1), H * 1.0)  # what the first sum rounded off
-    x = tl.where(keep, x - m[:, None], 0.0)
-    r = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(x * x, 1), H * 1.0) + eps))
-    y = x * r[:, None]
+    d = tl.where(keep, x - m[:, None], 0.0)
+    gap = tl.div_rn(tl.sum(d, 1), H * 1.0)  # what the first sum rounded off: so small that the squares about it may be taken about m
+    r = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(d * d, 1), H * 1.0) - gap * gap + eps))
+    m += gap
+    y = (x - m[:, None]) * r[:, None]
     if w_ptr is not None:
         y *= tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32)
     if b_ptr is not None:
@@ -86,44 +85,6 @@ def _fwd_kernel(x_ptr, w_ptr, b_ptr, y_ptr, m_ptr, r_ptr, stride, N, H, eps, ROW
     tl.store(y_ptr + row[:, None] * H + col, y.to(y_ptr.dtype.element_ty), mask=keep)
     tl.store(m_ptr + row, m, mask=row < N)
     tl.store(r_ptr + row, r, mask=row < N)
-
-
-@jit
-def _bwd_kernel(
-    dy_ptr, x_ptr, w_ptr, m_ptr, r_ptr, dx_ptr, dw_ptr, db_ptr, dy_stride, stride, N, H, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    pid = tl.program_id(0)
-    col = tl.arange(0, BLOCK)[None, :]
-    if w_ptr is not None:
-        w = tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32)
-    dw = tl.zeros((ROWS, BLOCK), tl.float32)
-    db = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(pid * ROWS, N, tl.num_programs(0) * ROWS):
-        row = start + tl.arange(0, ROWS).to(tl.int64)
-        keep = (row < N)[:, None] & (col < H)
-        dy = tl.load(dy_ptr + row[:, None] * dy_stride + col, mask=keep, other=0.0).to(tl.float32)
-        if dx_ptr is not None or dw_ptr is not None:
-            x = tl.load(x_ptr + row[:, None] * stride + col, mask=keep, other=0.0).to(tl.float32)
-            m = tl.load(m_ptr + row, mask=row < N, other=0.0)[:, None]
-            r = tl.load(r_ptr + row, mask=row < N, other=0.0)[:, None]
-            xr = (x - m) * r
-        if dx_ptr is not None:
-            g = dy
-            if w_ptr is not None:
-                g = tl.fma(dy, w, 0.0)  # rounded once, here: in a row of one element g − c₁ is exactly 0
-            c1 = tl.div_rn(tl.sum(g, 1), H * 1.0)[:, None]
-            c2 = tl.div_rn(tl.sum(g * xr, 1), H * 1.0)[:, None]
-            dx = r * (g - c1 - xr * c2)
-            tl.store(dx_ptr + row[:, None] * H + col, dx.to(dx_ptr.dtype.element_ty), mask=keep)
-        if dw_ptr is not None:
-            dw += dy * xr
-        if db_ptr is not None:
-            db += dy
-    at = pid.to(tl.int64) * H + col
-    if dw_ptr is not None:
-        tl.store(dw_ptr + at, tl.sum(dw, 0)[None, :].to(dw_ptr.dtype.element_ty), mask=col < H)
-    if db_ptr is not None:
-        tl.store(db_ptr + at, tl.sum(db, 0)[None, :].to(db_ptr.dtype.element_ty), mask=col < H)
 
 
 # --- forward and backward ---------------------------------------------------------------------------------------------------------------
@@ -157,23 +118,8 @@ def _fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, need
 
 
 def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor | None, ...]:
-    x, weight, _, mean, rstd = res
-    rows, dys = as_rows(x), as_rows(dy)
-    n, h = rows.shape
     dx, dw, db = _gradients(res, dy, needs)
-    if h > SUMMED:
-        wide_bwd(dys, rows, weight, rstd, dx, dw, mean=mean, db=db)
-        return dx, dw, db
-    t = tile(h, BWD_PER_WARP)
-    programs = min(cdiv(n, t.rows), t.resident * processors(x.device))
-    dws, dbs = partial(dw, programs, rstd), partial(db, programs, rstd)
-    launch(
-        _bwd_kernel, (programs,), x.device,
-        dys, rows, weight, mean, rstd, dx, dws, dbs, dys.stride(0), rows.stride(0), n, h,
-        ROWS=t.rows, BLOCK=t.columns, num_warps=t.warps,
-    )  # fmt: skip
-    finish(dws, dw)
-    finish(dbs, db)
+    norm_bwd(as_rows(dy), as_rows(res.x), res.weight, res.rstd, dx, dw, mean=res.mean, db=db)
     return dx, dw, db
 
 

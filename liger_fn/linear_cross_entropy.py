@@ -22,8 +22,10 @@ from torch import Tensor
 
 from . import _check
 from ._backend import in_own_dtypes
+from ._check import dense
 from ._launch import cdiv
-from ._loss_rows import check_targets, losses, mean_over, reduced
+from ._loss_mean import plain_reduce
+from ._loss_rows import check_targets, losses
 from ._vjp import Args, Needs, custom_vjp
 from .cross_entropy import KERNELS, PLAIN, REDUCTIONS, Parts, Reduction
 
@@ -57,7 +59,9 @@ def _reference(
 ) -> Tensor:  # fmt: skip
     flat = target.reshape(-1)
     each = losses(F.linear(x.reshape(-1, x.shape[-1]), weight, bias), flat, ignore_index)
-    return reduced(each, mean_over(flat, ignore_index, reduction), reduction, target.shape)
+    y, _ = plain_reduce(each, target, ignore_index, reduction)
+    assert y is not None  # each is there
+    return y
 
 
 # --- chunks -----------------------------------------------------------------------------------------------------------------------------
@@ -140,7 +144,7 @@ def _outputs(
 
 def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:
     like = (res.x if res.reduction == "none" else res.dx), res.weight, res.bias
-    return tuple(t.new_empty(t.shape) if t is not None and n else None for t, n in zip(like, needs, strict=True))
+    return tuple(dense(t) if t is not None and n else None for t, n in zip(like, needs, strict=True))
 
 
 def _fwd(
@@ -161,14 +165,15 @@ def _fwd(
         parts.rows(a, flat[at], ignore_index, stats=stats[at], loss=each[at], grad=a if now else None, scale=lift)
         if now:
             sums.add(at, a)
-    divisor = mean_over(flat, ignore_index, reduction)
+    y, divisor = parts.reduce(each, target, ignore_index, reduction)
+    assert y is not None  # each is there
     dx = None if sums.dx is None else sums.dx.view(x.shape)
     dweight = None if sums.dweight is None else sums.dweight.to(_storage(weight))
     dbias = None if sums.dbias is None or bias is None else sums.dbias.to(_storage(bias))
     res = Residuals(
         x if reduction == "none" else None, weight, bias, target, stats, divisor, dx, dweight, dbias, ignore_index, reduction, memory_budget
     )  # fmt: skip
-    return reduced(each, divisor, reduction, target.shape), res
+    return y, res
 
 
 def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, parts: Parts) -> tuple[Tensor | None, ...]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._check import dense
 from ._glu_rows import How, flag, floats, kernel_backward, kernel_forward, overwritten, plain_backward, reusable, rows_of
 from ._vjp import Args, Needs, custom_vjp
 
@@ -44,11 +45,11 @@ def _plain_bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[
 
 
 def _outputs(x: Tensor, donate: bool, needs: Needs) -> tuple[Tensor]:
-    return (x.new_empty(x.shape),)
+    return (dense(x),)
 
 
 def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None]:
-    return (res.x.new_empty(res.x.shape) if needs[0] else None,)
+    return (dense(res.x) if needs[0] else None,)
 
 
 def _fwd(x: Tensor, donate: bool, needs: Needs) -> tuple[Tensor, Residuals]:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from . import _check
 from ._check import wide
-from ._launch import as_rows, cdiv, jit, launch, processors, tl
-from ._norm_rows import RESIDENT, WIDEST, finish, partial, tile, wide_bwd, wide_fwd
+from ._launch import as_rows, cdiv, jit, launch, tl
+from ._norm_bwd import norm_bwd
+from ._norm_rows import RESIDENT, WIDEST, tile, wide_fwd
 from ._vjp import Args, Needs, custom_vjp
 
 Cast = Literal["llama", "gemma", "none"]
@@ -89,34 +90,6 @@ def _fwd_kernel(x_ptr, w_ptr, y_ptr, r_ptr, stride, N, H, eps, offset, LLAMA: tl
     tl.store(r_ptr + row, r, mask=row < N)
 
 
-@jit
-def _bwd_kernel(
-    dy_ptr, x_ptr, w_ptr, r_ptr, dx_ptr, dw_ptr, dy_stride, stride, N, H, offset, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    pid = tl.program_id(0)
-    col = tl.arange(0, BLOCK)[None, :]
-    if w_ptr is not None:
-        w = tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32) + offset
-    dw = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(pid * ROWS, N, tl.num_programs(0) * ROWS):
-        row = start + tl.arange(0, ROWS).to(tl.int64)
-        keep = (row < N)[:, None] & (col < H)
-        x = tl.load(x_ptr + row[:, None] * stride + col, mask=keep, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + row[:, None] * dy_stride + col, mask=keep, other=0.0).to(tl.float32)
-        r = tl.load(r_ptr + row, mask=row < N, other=0.0)[:, None]
-        xr = x * r
-        if dx_ptr is not None:
-            g = dy
-            if w_ptr is not None:
-                g = dy * w
-            dx = r * (g - xr * tl.div_rn(tl.sum(g * xr, 1), H * 1.0)[:, None])
-            tl.store(dx_ptr + row[:, None] * H + col, dx.to(dx_ptr.dtype.element_ty), mask=keep)
-        if dw_ptr is not None:
-            dw += dy * xr
-    if dw_ptr is not None:
-        tl.store(dw_ptr + pid.to(tl.int64) * H + col, tl.sum(dw, 0)[None, :].to(dw_ptr.dtype.element_ty), mask=col < H)
-
-
 # --- forward and backward ---------------------------------------------------------------------------------------------------------------
 
 
@@ -149,22 +122,8 @@ def _fwd(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str,
 
 
 def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor | None, Tensor | None]:
-    x, weight, rstd, offset, _ = res
-    rows, dys = as_rows(x), as_rows(dy)
-    n, h = rows.shape
     dx, dw = _gradients(res, dy, needs)
-    if h > RESIDENT:
-        wide_bwd(dys, rows, weight, rstd, dx, dw, offset=offset)
-        return dx, dw
-    t = tile(h)
-    programs = min(cdiv(n, t.rows), t.resident * processors(x.device))
-    dws = partial(dw, programs, rstd)
-    launch(
-        _bwd_kernel, (programs,), x.device,
-        dys, rows, weight, rstd, dx, dws, dys.stride(0), rows.stride(0), n, h, offset,
-        ROWS=t.rows, BLOCK=t.columns, num_warps=t.warps,
-    )  # fmt: skip
-    finish(dws, dw)
+    norm_bwd(as_rows(dy), as_rows(res.x), res.weight, res.rstd, dx, dw, offset=res.offset)
     return dx, dw
 
 

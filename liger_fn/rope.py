@@ -12,6 +12,7 @@ time, height and width: Wang et al. 2024, arXiv:2409.12191.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -119,27 +120,54 @@ def _gradients(res: Residuals, dy: tuple[Tensor, Tensor], needs: Needs) -> tuple
     return tuple(_alike(d) if n else None for d, n in zip(dy, needs, strict=True))
 
 
-def _rotate(q: Tensor | None, k: Tensor | None, yq: Tensor | None, yk: Tensor | None, res: Residuals, backward: bool) -> None:
-    """Launch over every token; a tensor that is None, or has no heads, is left out."""
-    cos, sin, layout, h, dim, turned, order, first, second, _ = res
-    k, yk = (None, None) if k is None or k.shape[h] == 0 else (k, yk)
-    some = q if q is not None else k
-    if some is None:
-        return
-    length, half, rest = some.shape[3 - h], turned // 2, dim - turned
-    given = [(0, 0, 0, 1) if t is None else t.stride() for t in (q, k, yq, yk)]
-    strides = [s for t, channels in zip(given, (4, 4, 3, 3), strict=True) for s in (t[0], t[h], t[3 - h], t[3])[:channels]]
-    heads = [0 if t is None else t.shape[h] for t in (q, k)]
+class _Plan(NamedTuple):
+    """One launch: the programs, the numbers behind the pointers, and the options."""
+
+    grid: tuple[int]
+    numbers: tuple[int, ...]
+    meta: dict[str, Any]
+
+
+@lru_cache(1024)
+def _plan(
+    shapes: tuple[Any, Any], strides: tuple[tuple[int, ...], ...], tables: tuple[tuple[int, ...], ...], width: int, how: Any, backward: bool
+) -> _Plan:
+    """How a call is cut, from the shapes of q and k, and the strides of q, k, their results, cos and sin."""
+    layout, h, dim, turned, order, first, second, _ = how
+    some = shapes[0] or shapes[1]
+    length, half, rest = some[3 - h], turned // 2, dim - turned
+    each = [s for t, channels in zip(strides, (4, 4, 3, 3), strict=True) for s in (t[0], t[h], t[3 - h], t[3])[:channels]]
+    heads = [n[h] if n else 0 for n in shapes]
     tiles = [next_power_of_2(max(n, 1)) for n in heads]
     columns, passed = next_power_of_2(half), next_power_of_2(rest) if rest else 0
-    launch(
-        _rope_kernel, (some.shape[0] * length,), some.device,
-        q, k, yq, yk, cos, sin, *strides, *cos.stride()[-3:], *sin.stride()[-3:], *((cos.stride(0), sin.stride(0)) if order else (0, 0)),
-        length, *heads, half, rest, first, second,
-        BACKWARD=backward, PAIRS=layout == "interleaved", DENSE=given[0][3] == given[1][3] == cos.stride(-1) == sin.stride(-1) == 1,
-        WHOLE=cos.shape[-1] == turned, SECTIONS=order != "", THREES=order == "interleaved",
-        QH=tiles[0], KH=tiles[1], D=columns, REST=passed, num_warps=warps(max(tiles) * max(columns, passed // 2)),
+    (*_, a, b, c), (*_, d, e, f) = tables
+    sections = (tables[0][0], tables[1][0]) if order else (0, 0)
+    return _Plan(
+        (some[0] * length,),
+        (*each, a, b, c, d, e, f, *sections, length, *heads, half, rest, first, second),
+        {
+            "BACKWARD": backward, "PAIRS": layout == "interleaved", "DENSE": strides[0][3] == strides[1][3] == c == f == 1,
+            "WHOLE": width == turned, "SECTIONS": order != "", "THREES": order == "interleaved",
+            "QH": tiles[0], "KH": tiles[1], "D": columns, "REST": passed, "num_warps": warps(max(tiles) * max(columns, passed // 2)),
+        },
     )  # fmt: skip
+
+
+_ABSENT = (0, 0, 0, 1)  # strides
+
+
+def _rotate(q: Tensor | None, k: Tensor | None, yq: Tensor | None, yk: Tensor | None, res: Residuals, backward: bool) -> None:
+    """Launch over every token; a tensor that is None, or has no heads, is left out."""
+    cos, sin, *how = res
+    if k is not None and k.shape[res.heads_axis] == 0:
+        k = yk = None
+    if q is None and k is None:
+        return
+    every = q, k, yq, yk
+    strides = tuple([_ABSENT if t is None else t.stride() for t in every])
+    shapes = None if q is None else q.shape, None if k is None else k.shape
+    plan = _plan(shapes, strides, (cos.stride(), sin.stride()), cos.shape[-1], tuple(how), backward)
+    launch(_rope_kernel, plan.grid, cos.device, *every, cos, sin, *plan.numbers, **plan.meta)
 
 
 def _fwd(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *how: Any, needs: Needs) -> tuple[tuple[Tensor, Tensor], Residuals]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import _check
 from ._backend import in_own_dtypes
+from ._check import dense
 from ._glu_rows import How, floats, kernel_backward, kernel_forward, number, plain_backward, plain_forward
 from ._vjp import Args, Needs, custom_vjp
 
@@ -60,7 +61,7 @@ class _Parts(NamedTuple):
 
 def _kernel_h(g: Tensor, u: Tensor, how: How) -> Tensor:
     h = torch.empty_like(g)
-    kernel_forward(g.view(1, -1), u.view(1, -1), h.view(1, -1), how)
+    kernel_forward(g, u, h, how)
     return h
 
 
@@ -68,9 +69,9 @@ def _kernel_grads(
     dh: Tensor, g: Tensor, u: Tensor, how: How, needs: tuple[bool, bool, bool], donate: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     dg, du = ((t if donate else torch.empty_like(t)) if n else None for t, n in zip((g, u), needs, strict=False))
-    out = [t if t is None else t.view(1, -1) for t in (dg, du, dh if needs[2] else None)]
-    kernel_backward(dh.view(1, -1), g.view(1, -1), u.view(1, -1), out[0], out[1], how, y=out[2])
-    return dg, du, dh if needs[2] else None
+    h = dh if needs[2] else None
+    kernel_backward(dh, g, u, dg, du, how, y=h)
+    return dg, du, h
 
 
 def _plain_grads(
@@ -90,7 +91,7 @@ def _outputs(
 
 
 def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:
-    return tuple(t.new_empty(t.shape) if n else None for t, n in zip(res[:4], needs, strict=True))
+    return tuple(dense(t) if n else None for t, n in zip(res[:4], needs, strict=True))
 
 
 def _flat(t: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ import torch
 
 import liger_fn
 from tests.bench import measure, peers, report, results, table
-from tests.bench.peers import COMPILE, EAGER, LIGER, NATIVE, OURS
+from tests.bench.peers import DONATE, EAGER, LIGER, OURS
 from tests.bench.results import GREEN, Result, Row
 from tests.bench.run import Red, Run
-from tests.bench.table import BOTH, FORWARD, HOST, Bench
+from tests.bench.table import BOTH, FORWARD, HOST, MODES, SWEEP, Bench
 from tests.cases import FP32, TABLES, Maker
 
 CPU = torch.device("cpu")
@@ -41,6 +41,9 @@ def test_gate_figures_json_and_page(tmp_path: Path) -> None:
         run.host(bench)
         for sizes in table.sizes(bench, CPU):
             run.speed(bench, sizes)
+    for sweep in table.sweeps():
+        for sizes in table.sizes(sweep, CPU):
+            run.sweep(sweep, sizes)
     path = results.save(run.result(), tmp_path / "results")
     result = results.load(path)
     report.write(tmp_path / "results", tmp_path / "docs")
@@ -58,6 +61,12 @@ def _complete(result: Result) -> None:
         everyone = set(peers.uncompiled(bench.op, CPU))
         assert everyone >= {OURS, EAGER}
         assert {(bench.op, bench.shape(bench.tiny), mode, p) for mode in (FORWARD, BOTH, HOST) for p in everyone} <= found
+        donating = {mode for mode in (FORWARD, BOTH, HOST) if (bench.op, bench.shape(bench.tiny), mode, DONATE) in found}
+        assert donating == ({BOTH} if bench.op in peers.DONATING else set())
+    for sweep in table.sweeps():
+        drawn = {(r.shape, r.provider, r.size) for r in result.rows if (r.op, r.mode) == (sweep.op, SWEEP)}
+        assert drawn >= {(sweep.bench.shape(sizes), OURS, sizes[sweep.at]) for sizes in sweep.tiny}
+        assert len({provider for _, provider, _ in drawn}) == 2
     assert result.limits.keys() == {"copy_gbs", "matmul_tflops"}
     assert all(r.us is not None and r.us > 0 for r in result.rows)
     assert all(r.floor_us and r.over_floor and (r.gbs if r.bytes else r.tflops) for r in result.rows if r.mode != HOST)
@@ -76,25 +85,35 @@ def _shown(result: Result, stem: str, docs: Path) -> None:
     for bench in table.present():
         section = text.split(f"### `{bench.op}`\n")[1].split("\n### ")[0]
         for r in result.rows:
-            if r.op == bench.op and r.mode != HOST:
-                assert f"\n| {r.shape} | {r.mode} | {r.provider} | " in section
+            if r.op == bench.op and r.mode in MODES:
+                assert f"\n| {r.shape} | {r.mode} | {r.provider} {'(1) ' if r.note else ''}| " in section
     drawn = sorted((docs / "figures").iterdir())
-    assert [p.name for p in drawn] == [f"bench-{stem}-{which}.png" for which in ("floor", "sizes")]
+    assert [p.name for p in drawn] == [f"bench-{stem}-{which}.png" for which in ("floor", "time")]  # no memory on a CPU
     assert all(p.read_bytes().startswith(PNG) and f"(figures/{p.name})" in text for p in drawn)
 
 
 def test_make_bench_takes_a_choice(tmp_path: Path) -> None:
     """What `make bench BENCH_ARGS="-k host"` runs: no device time, so neither limits nor floors."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/bench", "--bench-dir", str(tmp_path)]
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, "-k", "host and glu"], capture_output=True, text=True, cwd=ROOT, env=env, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = tmp_path.iterdir()
-    assert f"written to {path}" in done.stdout
-    result = results.load(path)
+    result = _make_bench("host and glu", tmp_path)
     assert {r.mode for r in result.rows} == {HOST}
     assert "swiglu" in result.gates
     assert result.limits == {}
+
+
+def test_make_bench_takes_the_sweeps_alone(tmp_path: Path) -> None:
+    result = _make_bench("sweep and swiglu", tmp_path)
+    assert {(r.op, r.mode) for r in result.rows} == {("swiglu", SWEEP)}
+    assert result.limits
+
+
+def _make_bench(choice: str, folder: Path) -> Result:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/bench", "--bench-dir", str(folder)]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, "-k", choice], capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = folder.iterdir()
+    assert f"written to {path}" in done.stdout
+    return results.load(path)
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------------------------
@@ -133,6 +152,8 @@ def test_a_red_gate_reports_no_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: 
             run.speed(wrong, wrong.tiny)
         with pytest.raises(Red, match="rms_norm: no figures"):
             run.host(wrong)
+        with pytest.raises(Red, match="rms_norm: no figures"):
+            run.sweep(table.SWEEPS[0], (4, 64))
     monkeypatch.undo()
     run.speed(right, right.tiny)  # the others go on
 
@@ -155,6 +176,27 @@ def test_a_gate_that_turns_red_takes_the_earlier_figures_back(tmp_path: Path) ->
     assert results.load(results.save(replace(before, gates={}), tmp_path / "unjudged")).rows == []
 
 
+def test_a_sweep_passes_the_gate_at_its_own_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function that is wrong at one of them loses all its figures."""
+    run, sweep = Run(CPU), table.SWEEPS[0]
+    run.speed(sweep.bench, sweep.bench.tiny)
+    assert {r.op for r in run.result().allowed()} == {sweep.op}
+    monkeypatch.setattr(liger_fn, sweep.op, Wrong(liger_fn.rms_norm, lambda y: y if y.shape[-1] != sweep.tiny[1][1] else y + 0.1))
+    with pytest.raises(Red, match=f"value 0.*error|{sweep.bench.shape(sweep.tiny[1])}"):
+        run.sweep(sweep, sweep.tiny[0])
+    assert run.result().allowed() == []
+
+
+def test_a_sweep_goes_along_one_size() -> None:
+    for sweep in table.SWEEPS:
+        for sizes in (sweep.sizes, sweep.tiny):
+            along = [s[sweep.at] for s in sizes]
+            assert along == sorted(set(along))
+            assert all(len(s) == 2 for s in sizes)
+            other = {s[1 - sweep.at] for s in sizes}
+            assert len(other) == 1 or len({s[0] * s[1] for s in sizes}) == 1
+
+
 def test_each_measured_width_passes_the_gate() -> None:
     for bench in table.ALL:
         for sizes in bench.sizes:
@@ -169,10 +211,11 @@ def test_each_measured_width_passes_the_gate() -> None:
 def test_peers_compute_the_same(bench: Bench) -> None:
     """A comparison with something else would not be one. On the same seed, in fp32; outputs in the same order."""
     found = {}
-    for provider, fn in peers.uncompiled(bench.op, CPU).items():
+    for provider, fn in (peers.uncompiled(bench.op, CPU) | peers.donating(bench.op)).items():
         inputs = bench.make(*bench.tiny)(Maker(CPU, FP32))
         leaves = [t.requires_grad_() for k, t in inputs.items() if t is not None and k in TABLES[bench.op].diff]
-        y = fn(*inputs.values())
+        args = inputs.values() if provider != DONATE else [t.clone() if t is not None and t.requires_grad else t for t in inputs.values()]
+        y = fn(*args, **bench.options(*bench.tiny))
         ys = y if isinstance(y, tuple) else (y,)
         make = torch.Generator().manual_seed(1)
         cotangents = [torch.randn(t.shape, generator=make) for t in ys]
@@ -183,8 +226,8 @@ def test_peers_compute_the_same(bench: Bench) -> None:
 
 def test_inputs_are_the_functions_arguments_in_order() -> None:
     for bench in table.present():
-        inputs = list(bench.make(*bench.tiny)(Maker(CPU, FP32)))
-        assert list(inspect.signature(getattr(liger_fn, bench.op)).parameters)[: len(inputs)] == inputs
+        inputs, options = list(bench.make(*bench.tiny)(Maker(CPU, FP32))), bench.options(*bench.tiny)
+        assert [k for k in inspect.signature(getattr(liger_fn, bench.op)).parameters if k not in options][: len(inputs)] == inputs
 
 
 def test_rope_is_measured_on_transposed_views() -> None:
@@ -216,6 +259,11 @@ def test_least_flops() -> None:
     assert head.least_bytes((8, 4, 100), BOTH) == 0
 
 
+def test_least_work_counts_no_options() -> None:
+    assert bench_of("group_norm").least_bytes((8, 320, 64, 64, 32), FORWARD) == 2 * 2 * 8 * 320 * 64 * 64
+    assert bench_of("swiglu_mlp").least_flops((8, 4, 100), BOTH) == 9 * 2 * 8 * 4 * 100
+
+
 def test_a_losss_cotangent_is_one() -> None:
     """As in `loss.backward()`: a peer that skips a pass then may skip it here."""
     x = torch.randn(3, requires_grad=True)
@@ -223,21 +271,6 @@ def test_a_losss_cotangent_is_one() -> None:
     assert torch.equal(dx, torch.full((3,), 2.0))
     y = measure.forward(lambda x: 2 * x, (x,))()
     assert not y.requires_grad
-
-
-def test_host_cost_is_the_median_of_paired_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One disturbed pair of three moves neither the ratio nor the times."""
-    ours, theirs, clock = (lambda: None), (lambda: None), iter([9.0, 9.0, 2.0, 4.0, 50.0, 5.0, 3.0, 6.0])  # the first two are warm-up
-    asked = []
-
-    def seconds(run: measure.Run, times: int) -> float:
-        asked.append(run)
-        return next(clock)
-
-    monkeypatch.setattr(measure, "_seconds", seconds)
-    cost = measure.paired(ours, theirs, pairs=3, turns=1)
-    assert asked == [ours, theirs] * 4
-    assert cost == (3e6, 5e6, [0.5, 0.5, 10.0])
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------------------------
@@ -265,72 +298,3 @@ def test_a_peers_fault_is_a_note_in_its_row(monkeypatch: pytest.MonkeyPatch) -> 
     found[OURS] = fails
     with pytest.raises(RuntimeError, match="no such GPU"):
         run.speed(bench, bench.tiny)
-
-
-# --- files ------------------------------------------------------------------------------------------------------------------------------
-
-MACHINE = {"device": "Some GPU (80 GB)", "torch": "2.0.0+cu1", "date": "2000-01-02", "sources": "a"}
-
-
-def test_a_second_run_adds_to_the_file_of_the_first(tmp_path: Path) -> None:
-    """On the same machine, day and sources; other sources get a file of their own, and nothing is lost."""
-    first = Result(
-        MACHINE, {"copy_gbs": 1.0, "matmul_tflops": 2.0}, {"f": GREEN}, [Row("f", "s", BOTH, OURS, 1.0), Row("f", "s", BOTH, EAGER, 5.0)]
-    )
-    second = Result(MACHINE, {}, {"f": GREEN, "g": GREEN}, [Row("f", "s", BOTH, OURS, 2.0), Row("g", "s", HOST, OURS, 3.0)])
-    path = results.save(first, tmp_path)
-    assert path.name == "some-gpu-80-gb-2.0.0-2000-01-02.json"
-    assert results.save(second, tmp_path) == path
-    both = results.load(path)
-    assert [(r.op, r.provider, r.us) for r in both.rows] == [("f", OURS, 2.0), ("f", EAGER, 5.0), ("g", OURS, 3.0)]
-    assert both.limits == {"copy_gbs": 1.0, "matmul_tflops": 2.0}
-    other = results.save(replace(second, machine=MACHINE | {"sources": "b"}), tmp_path)
-    assert other.name == "some-gpu-80-gb-2.0.0-2000-01-02-2.json"
-    assert results.load(path) == both
-    assert report.page({path.stem: both, other.stem: results.load(other)}).count("\n## ") == 2
-
-
-def test_the_page_says_where_a_peer_is_better() -> None:
-    def rows(shape: str, ours: tuple[float, float], theirs: dict[str, tuple[float | None, float | None]]) -> list[Row]:
-        each = {OURS: ours, **theirs}
-        return [Row("f", shape, BOTH, p, us, bytes=10**6, floor_us=4.0, mib=mib) for p, (us, mib) in each.items()]
-
-    found = Result(
-        MACHINE, {"copy_gbs": 3000.0, "matmul_tflops": 700.0}, {"f": GREEN},
-        [
-            *rows("won", (10.0, 100.0), {EAGER: (20.0, 100.0), COMPILE: (30.0, 200.0)}),
-            *rows("lost", (10.0, 100.0), {EAGER: (9.0, 80.0), NATIVE: (8.0, 90.0)}),
-            *rows("alone", (10.0, 100.0), {EAGER: (None, None)}),
-        ],
-    )  # fmt: skip
-    text = report.page({"stem": found})
-    faster, less = text.split("### Where a peer is faster")[1].split("### Where a peer needs less memory")
-    assert "In 1 of 2 comparisons" in faster
-    assert "| `f` | lost | forward + backward | native | 8.0 | 10.0 | × 1.25 |" in faster
-    assert "In 1 of 2 comparisons" in less
-    assert "| `f` | lost | forward + backward | eager | 80.0 | 100 | × 1.25 |" in less
-    assert "won" not in faster + less.split("### `f`")[0]
-    assert "| won | forward + backward | liger_fn | **10.0** | 1 | 100 GB/s | 2.50 | 100 |" in text
-    assert "| lost | forward + backward | liger_fn | 10.0 | 1 |" in text
-    assert "| alone | forward + backward | eager | – | 1 | – | – | – |" in text
-    assert "A copy reaches 3,000 GB/s, a matrix product of bf16 700 TFLOP/s." in text
-
-
-def test_without_results_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report.write(tmp_path, tmp_path / "docs") == []
-    monkeypatch.setattr(sys, "argv", ["report", "--results", str(tmp_path / "none"), "--docs", str(tmp_path / "docs")])
-    assert report.main() == 1
-    assert "make bench" in capsys.readouterr().err
-    assert not (tmp_path / "docs").exists()
-
-
-def test_the_committed_page_is_that_of_the_committed_results() -> None:
-    found = {path.stem: results.load(path) for path in sorted(results.FOLDER.glob("*.json"))}
-    shown = report.DOCS / "benchmarks.md"
-    if not found:
-        assert not shown.exists(), "a page of figures that nobody can look up"
-        return
-    assert all(r.machine["device"] != "cpu" for r in found.values()), "a CPU has no figures to show"
-    assert shown.read_text() == report.page(found), "run `make bench-report`"
-    for stem in found:
-        assert all((report.DOCS / "figures" / f"bench-{stem}-{which}.png").exists() for which in report.FIGURES)

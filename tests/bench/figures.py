@@ -11,16 +11,20 @@ import matplotlib
 matplotlib.use("Agg")  # draws to a file on machines without a display
 
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter
 
-from .peers import COMPILE, EAGER, LIGER, NATIVE, OURS, PROVIDERS
+from .peers import COMPILE, DONATE, EAGER, LIGER, NATIVE, OURS, PROVIDERS
+from .report import along
 from .results import Row
-from .table import BOTH, MODES
+from .table import MODES
 
-COLOURS = {OURS: "#e4572e", EAGER: "#c9ccd1", COMPILE: "#8a8f98", NATIVE: "#3a7ca5", LIGER: "#6aa84f"}
+Value = Callable[[Row], float | None]
+
+COLOURS = {OURS: "#e4572e", DONATE: "#f2a541", EAGER: "#c9ccd1", COMPILE: "#8a8f98", NATIVE: "#3a7ca5", LIGER: "#6aa84f"}
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.color": "#222222", "axes.titlelocation": "left"}
 
 
-def _bars(axes: Any, rows: Sequence[Row], labels: Sequence[str], label: Callable[[Row], str], value: Callable[[Row], float | None]) -> None:
+def _bars(axes: Any, rows: Sequence[Row], labels: Sequence[str], label: Callable[[Row], str], value: Value) -> None:
     """A group of bars for each label, from the top; in it one for each provider, and a gap for one that has no value."""
     providers = [p for p in PROVIDERS if any(r.provider == p for r in rows)]
     height = 0.8 / len(providers)
@@ -46,31 +50,68 @@ def floor(rows: Sequence[Row], title: str, path: Path) -> None:
             _bars(axes, of_mode, labels, label, lambda r: 100 / r.over_floor if r.over_floor else None)
             axes.axvline(100, color="#222222", linewidth=0.8, linestyle="--")
             axes.set_title(f"{mode}: % of the floor's speed")
-        _finish(figure, grid[-1], title, path)
+        _finish(figure, title, path)
 
 
-def sizes(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Time and peak memory of forward + backward, from zero: a row of axes for each function, a group of bars for each size."""
-    both = [r for r in rows if r.mode == BOTH]
-    ops = list(dict.fromkeys(r.op for r in both))
-    shapes = {op: list(dict.fromkeys(r.shape for r in both if r.op == op)) for op in ops}
-    heights = [0.5 + len(shapes[op]) for op in ops]
+def time(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Time of forward + backward against size, a column for each function: in ms, and in multiples of the floor."""
+    _by_size(rows, {"ms": lambda r: None if r.us is None else r.us / 1e3, "time ÷ floor": lambda r: r.over_floor}, title, path)
+
+
+def memory(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Peak memory of forward + backward against size, likewise."""
+    _by_size(rows, {"peak MiB over the inputs": lambda r: r.mib}, title, path)
+
+
+def _by_size(rows: Sequence[Row], values: dict[str, Value], title: str, path: Path) -> None:
+    ops = list(dict.fromkeys(r.op for r in rows))
     with plt.rc_context(STYLE):
-        size = (11, 1 + 0.62 * sum(heights))
-        figure, grid = plt.subplots(len(ops), 2, figsize=size, height_ratios=heights, squeeze=False, layout="constrained", dpi=110)
-        for (time, memory), op in zip(grid, ops, strict=True):
-            found = [r for r in both if r.op == op]
-            _bars(time, found, shapes[op], lambda r: r.shape, lambda r: r.us)
-            _bars(memory, found, shapes[op], lambda r: r.shape, lambda r: r.mib)
-            time.set_title(f"{op}: µs")
-            memory.set_title(f"{op}: peak MiB over the inputs")
-            memory.set_yticklabels([])
-        _finish(figure, grid[0, 0], title, path)
+        size = (1 + 4 * len(ops), 1 + 3.2 * len(values))
+        figure, grid = plt.subplots(len(values), len(ops), figsize=size, squeeze=False, layout="constrained", dpi=110)
+        for line, (unit, value) in zip(grid, values.items(), strict=True):
+            for axes, op in zip(line, ops, strict=True):
+                _lines(axes, sorted((r for r in rows if r.op == op), key=lambda r: r.size), value)
+                axes.set_title(f"{op}: {unit}")
+        for axes, op in zip(grid[-1], ops, strict=True):
+            axes.set_xlabel(along(op))
+        _finish(figure, title, path)
 
 
-def _finish(figure: Any, legend: Any, title: str, path: Path) -> None:
-    handles, names = legend.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper right", ncols=len(names), frameon=False)
+def _lines(axes: Any, rows: Sequence[Row], value: Value) -> None:
+    """A line for each provider, ours on top; sizes by powers of 2, and values from 0 where that shows how they differ."""
+    lengths = sorted({r.size for r in rows})
+    values = [v for r in rows if (v := value(r)) is not None]
+    for i, provider in enumerate(p for p in PROVIDERS if any(r.provider == p for r in rows)):
+        found = [(r.size, v) for r in rows if r.provider == provider and (v := value(r)) is not None]
+        width, order = (2.4, 9) if provider == OURS else (1.4, 3)
+        x, y = [f[0] for f in found], [f[1] for f in found]
+        # Providers that agree lie on one another: markers of several sizes show them all.
+        look = {"marker": "o", "markersize": 9 - 1.3 * i, "markerfacecolor": "none", "color": COLOURS[provider]}
+        axes.plot(x, y, linewidth=width, label=provider, zorder=order, **look)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [_length(n) for n in lengths])
+    axes.minorticks_off()
+    span = max(values) / min(values) if min(values, default=0) > 0 else 1
+    if span > 4:
+        axes.set_yscale("log", base=2 if span < 40 else 10)
+        axes.yaxis.set_major_formatter(lambda v, _: f"{v:,.10g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_ylim(0, 1.1 * max(values, default=1) or 1)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _length(n: int) -> str:
+    return f"{n // 1024}k" if n >= 1024 and n % 1024 == 0 else str(n)
+
+
+def _finish(figure: Any, title: str, path: Path) -> None:
+    """One legend of all that any of the axes shows."""
+    shown = {name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    names = [p for p in PROVIDERS if p in shown]
+    columns = len(names) if len(names) <= 5 else 3  # so that there is room for the title
+    figure.legend([shown[n] for n in names], names, loc="outside upper right", ncols=columns, frameon=False)
     figure.suptitle(title, x=0.01, ha="left")
     figure.savefig(path)
     plt.close(figure)

@@ -1,11 +1,12 @@
 """The same function from each library: this one, plain PyTorch eager and compiled, PyTorch's own kernel, and liger-kernel if installed.
 
-Each provider takes the arguments of `tests.bench.table` in their order, and returns what liger_fn returns.
+Each provider takes the arguments of `tests.bench.table` in their order and its options by name, and returns what liger_fn returns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,16 +18,23 @@ import liger_fn
 Fn = Callable[..., Any]
 Providers = dict[str, Fn]
 
-OURS, EAGER, COMPILE, NATIVE, LIGER = PROVIDERS = ("liger_fn", "eager", "torch.compile", "native", "liger-kernel")
+OURS, DONATE, EAGER, COMPILE, NATIVE, LIGER = PROVIDERS = (
+    "liger_fn", "liger_fn donate", "eager", "torch.compile", "native", "liger-kernel"
+)  # fmt: skip
 EPS, LAYER_EPS = 1e-6, 1e-5  # what the functions take by themselves
+DONATING = ("swiglu", "geglu", "cross_entropy")  # measured with donate=True too
 
 # What a figure must be read with.
 NOTES = {
+    (DONATE, "swiglu"): "its backward writes over its inputs",
+    (DONATE, "geglu"): "its backward writes over its inputs",
+    (DONATE, "cross_entropy"): "its forward writes over the logits, which saves one of the three passes that the floor counts",
     (LIGER, "rope"): "with a copy of q and k, which its in-place write makes necessary",
     (LIGER, "cross_entropy"): "with a copy of the logits, which its in-place write makes necessary",
     (LIGER, "swiglu"): "its backward writes over its inputs",
     (LIGER, "geglu"): "its backward writes over its inputs",
 }
+OVERWRITES = {(provider, op) for (provider, op), note in NOTES.items() if "writes over" in note}  # these need new inputs for each call
 
 
 def _llama_norm(x: Tensor, w: Tensor) -> Tensor:
@@ -38,6 +46,23 @@ def _layer_norm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     h = x.float()
     h = h - h.mean(-1, keepdim=True)
     return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + LAYER_EPS) * w + b).to(x.dtype)
+
+
+def _group_norm(x: Tensor, w: Tensor, b: Tensor, num_groups: int) -> Tensor:
+    h = x.float().unflatten(1, (num_groups, -1)).flatten(2)
+    h = h - h.mean(-1, keepdim=True)
+    h = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + LAYER_EPS)).view(x.shape)
+    by_channel = (-1,) + (1,) * (x.dim() - 2)
+    return (h * w.view(by_channel) + b.view(by_channel)).to(x.dtype)
+
+
+def _packed_swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def _mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    return F.linear(F.silu(F.linear(x, w_gate)) * F.linear(x, w_up), w_down)
 
 
 def _add_then(norm: Callable[[Tensor, Tensor], Tensor]) -> Fn:
@@ -69,9 +94,13 @@ def _plain(name: str) -> tuple[Fn, Fn | None]:
         "rms_norm": (_llama_norm, _native_norm),
         "add_rms_norm": (_add_then(_llama_norm), _add_then(_native_norm)),
         "layer_norm": (_layer_norm, lambda x, w, b: F.layer_norm(x, w.shape, w, b, LAYER_EPS)),
+        "group_norm": (_group_norm, lambda x, w, b, num_groups: F.group_norm(x, num_groups, w, b, LAYER_EPS)),
         "softmax": (lambda x: torch.softmax(x.float(), -1).to(x.dtype), lambda x: torch.softmax(x, -1)),
         "swiglu": (lambda gate, up: F.silu(gate) * up, None),
         "geglu": (lambda gate, up: F.gelu(gate, approximate="tanh") * up, None),
+        "swiglu_packed": (_packed_swiglu, None),
+        "relu_squared": (lambda x: F.relu(x).square(), None),
+        "swiglu_mlp": (_mlp, None),
         "rope": (_rope, None),
         "cross_entropy": (lambda logits, target: F.cross_entropy(logits.float(), target), None),
         "linear_cross_entropy": (lambda x, w, target: F.cross_entropy((x @ w.T).float(), target), torchs_head),
@@ -89,9 +118,13 @@ def _liger_kernel(name: str) -> Fn | None:
         "rms_norm": lambda x, w: ops.LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False),
         "add_rms_norm": lambda x, r, w: ops.LigerFusedAddRMSNormFunction.apply(x, r, w, EPS, 0.0, "llama", False),
         "layer_norm": lambda x, w, b: ops.LigerLayerNormFunction.apply(x, w, b, LAYER_EPS),
+        "group_norm": lambda x, w, b, num_groups: ops.LigerGroupNormFunction.apply(x, w, b, x.shape[1], num_groups, LAYER_EPS),
         "softmax": lambda x: ops.LigerSoftmaxFunction.apply(x),
         "swiglu": lambda gate, up: ops.LigerSiLUMulFunction.apply(gate, up),
         "geglu": lambda gate, up: ops.LigerGELUMulFunction.apply(gate, up),
+        "swiglu_packed": lambda gate_up: ops.LigerFusedGateUpSiLUMulFunction.apply(gate_up),
+        "relu_squared": lambda x: ops.LigerReLUSquaredFunction.apply(x),
+        "swiglu_mlp": lambda x, a, b, c: F.linear(ops.LigerSiLUMulFunction.apply(F.linear(x, a), F.linear(x, b)), c),
         "rope": lambda q, k, cos, sin: ops.LigerRopeFunction.apply(q.clone(), k.clone(), cos, sin),
         "cross_entropy": lambda logits, target: ops.LigerCrossEntropyFunction.apply(logits.clone(), target, None)[0],
         "linear_cross_entropy": lambda x, w, target: ops.LigerFusedLinearCrossEntropyFunction.apply(x, w, target)[0],
@@ -99,18 +132,35 @@ def _liger_kernel(name: str) -> Fn | None:
     return table[name]
 
 
+def _ours(name: str) -> Fn:
+    """The function itself; with its tensors in front, where it takes something else between them."""
+    op = getattr(liger_fn, name)
+    return {"group_norm": lambda x, w, b, num_groups: op(x, num_groups, w, b)}.get(name, op)
+
+
 def uncompiled(name: str, device: torch.device) -> Providers:
     """Every implementation of `name` there is on `device` but the compiled one, ours first. liger-kernel's are kernels: they need a GPU."""
     eager, native = _plain(name)
     theirs = _liger_kernel(name) if device.type == "cuda" else None
-    found = {OURS: getattr(liger_fn, name), EAGER: eager, NATIVE: native, LIGER: theirs}
+    found = {OURS: _ours(name), EAGER: eager, NATIVE: native, LIGER: theirs}
     return {k: f for k, f in found.items() if f is not None}
 
 
+def donating(name: str) -> Providers:
+    """Ours, told that nobody else needs the inputs; empty where that changes nothing."""
+    return {DONATE: partial(_ours(name), donate=True)} if name in DONATING else {}
+
+
 def providers(name: str, device: torch.device) -> Providers:
-    """The same, and eager code compiled, each shape for itself; on a GPU only, since a CPU's compiler takes longer than all the rest."""
-    found = uncompiled(name, device)
+    """The same, and donating; and eager code compiled, each shape for itself, on a GPU only: a CPU's compiler outlasts all the rest."""
+    found = uncompiled(name, device) | donating(name)
     if device.type == "cuda":
         torch._dynamo.reset()
         found[COMPILE] = torch.compile(found[EAGER], dynamic=False)
     return {k: found[k] for k in PROVIDERS if k in found}
+
+
+def for_sweep(name: str, device: torch.device) -> Providers:
+    """Those whose figures are drawn against size: ours, the compiler's, PyTorch's own (eager code where it has none), liger-kernel's."""
+    found = providers(name, device)
+    return {k: found[k] for k in (OURS, NATIVE if NATIVE in found else EAGER, COMPILE, LIGER) if k in found}

@@ -1,6 +1,6 @@
 """From the committed results to docs/benchmarks.md and its figures: `make bench-report`.
 
-The page says, for each machine, where a peer is faster or needs less memory before it shows the rest.
+The page says, for each machine, which bars are met and where a peer is faster or needs less memory before it shows the rest.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from . import results
-from .peers import OURS, PROVIDERS
+from . import bars, results
+from .peers import DONATE, OURS, PROVIDERS
 from .results import GREEN, Result, Row
-from .table import HOST, MODES
+from .table import HOST, MODES, SWEEP, SWEEPS
 
 DOCS = results.ROOT / "docs"
 
@@ -24,18 +24,26 @@ Made by `make bench-report` from the files in `tests/bench/results`, which `make
 How it is measured, in `tests/bench`:
 
 - Inputs are bf16. *forward* is a call that wants no gradients; *forward + backward* is a call and all its gradients.
-- µs is device time: the median of 20 replays of a CUDA graph, which leaves out the host; losses, some of which make the host wait, are
-  timed between events with the host ahead of the device. Arrays smaller than the GPU's L2 cache can be read from there.
+- µs is device time: the median over 20 to 200 replays of a CUDA graph, which leaves out the host, after 30 ms of replays that bring the
+  clocks up. A provider that makes the host wait cannot be replayed: it is timed between events around plain calls, with the host ahead of
+  the device where it can be, and its figure is marked *timed by events*.
+- Replays follow one another, so what the last one left in the GPU's L2 cache (50 MB on an H100) the next may read from there, whoever is
+  measured: arrays of that size and below can look faster than the floor, which is that of memory.
+- A provider that writes over its inputs is given them anew before each replay, outside of what is timed. *liger_fn donate* is such a one:
+  the call with `donate=True`, by which the caller gives its inputs away.
 - *moved* is the least that the function must read and write (weights, targets and statistics not counted), and GB/s or TFLOP/s is that over
   the time, for every provider alike. The floor is the least bytes over the bandwidth of a copy, or the least FLOPs over the rate of a
   matrix product, both measured in the same run.
 - *peak* is memory allocated at the peak of the call, over its inputs.
+- *by size* are the figures behind the plots against size, forward + backward, from 10 to 50 replays.
 - *host* is what a call and its backward cost the host on a tiny input, in pairs of short turns of liger_fn and the other; the ratio is the
   median over the pairs.
 - No figure is shown for a function that is wrong: before it is timed, it is compared with its definition in fp64 at every width below,
   by the rule in `tests/numerics.py`.
 """
 
+
+BY_EVENTS = "timed by events: it makes the host wait, so that no graph of it can be replayed"
 
 # --- tables -----------------------------------------------------------------------------------------------------------------------------
 
@@ -70,7 +78,7 @@ def _beaten(rows: Sequence[Row], what: str) -> tuple[int, list[tuple[Row, Row]]]
     count, found = 0, []
     for group in _groups(rows):
         ours = next((r for r in group if r.provider == OURS and getattr(r, what) is not None), None)
-        peers = [r for r in group if r.provider != OURS and getattr(r, what) is not None]
+        peers = [r for r in group if r.provider not in (OURS, DONATE) and getattr(r, what) is not None]
         if ours is not None and peers:
             best = min(peers, key=lambda r: getattr(r, what))
             count += 1
@@ -99,15 +107,52 @@ def _function(op: str, rows: Sequence[Row]) -> str:
         fastest = min((r.us for r in group if r.us is not None), default=None)
         for r in group:
             mark = ""
-            if r.note:
-                notes += [] if r.note in notes else [r.note]
-                mark = f" ({notes.index(r.note) + 1})"
+            for note in filter(None, (r.note, BY_EVENTS if r.by_events else "")):
+                notes += [] if note in notes else [note]
+                mark += f" ({notes.index(note) + 1})"
             us = f"**{_us(r.us)}**" if r.us is not None and r.us == fastest else _us(r.us)
             moved = _number(r.bytes / 1e6 if r.bytes else None)
             cells.append((r.shape, r.mode, r.provider + mark, us, moved, _rate(r), _number(r.over_floor, 2), _number(r.mib)))
     head = ("shape", "pass", "provider", "µs", "moved, MB", "rate", "÷ floor", "peak, MiB")
     said = "".join(f"\n({i + 1}) {note}\n" for i, note in enumerate(notes))
     return f"### `{op}`\n\n{_table(head, cells)}{said}"
+
+
+def _bars(rows: Sequence[Row]) -> str:
+    """Every bar, met or not; nothing where none was measured at all."""
+    found = bars.verdicts(rows)
+    measured = [v for v in found if v.met is not None]
+    if not measured:
+        return ""
+    met = sum(1 for v in measured if v.met)
+    said = f"{met} of {len(measured)} are met." + (
+        f" {len(found) - len(measured)} were not measured." if len(measured) < len(found) else ""
+    )
+    head = ("function", "shape", "pass", "provider", "bar", "measured", "met?")
+    return f"### The bars\n\n{said}\n\n{_table(head, ((f'`{c[0]}`', *c[1:]) for c in map(bars.cells, found)))}"
+
+
+def _by_size(rows: Sequence[Row]) -> str:
+    """For each function along its sizes, µs and MiB of each provider."""
+    text = "### By size\n\nµs and, after the slash, MiB at the peak, of forward + backward.\n"
+    for op in dict.fromkeys(r.op for r in rows):
+        of_op = sorted((r for r in rows if r.op == op), key=lambda r: r.size)
+        providers = [p for p in PROVIDERS if any(r.provider == p for r in of_op)]
+        found = {(r.shape, r.provider): r for r in of_op}
+        cells = [(shape, *(_us_and_mib(found.get((shape, p))) for p in providers)) for shape in dict.fromkeys(r.shape for r in of_op)]
+        text += f"\n`{op}`, along its {along(op)}:\n\n{_table(('shape', *providers), cells)}"
+    return text
+
+
+def _us_and_mib(r: Row | None) -> str:
+    if r is None:
+        return "–"
+    return f"{_us(r.us)} / {_number(r.mib)}" + ("" if not r.by_events else " (timed by events)") + ("" if r.us else f" ({r.note})")
+
+
+def along(op: str) -> str:
+    """What the length is called along which a function was measured."""
+    return next((s.along for s in SWEEPS if s.op == op), "size")
 
 
 def _host(rows: Sequence[Row]) -> str:
@@ -121,7 +166,7 @@ def _host(rows: Sequence[Row]) -> str:
 
 def _section(stem: str, result: Result) -> str:
     m, rows = result.machine, result.allowed()
-    timed, host = [r for r in rows if r.mode in MODES], [r for r in rows if r.mode == HOST]
+    timed, host, by_size = [r for r in rows if r.mode in MODES], [r for r in rows if r.mode == HOST], [r for r in rows if r.mode == SWEEP]
     versions = ", ".join(f"{k} {v}" for k, v in m.items() if k != "device")
     parts = [
         f"## {m['device']}, torch {m['torch']}, {m['date']}\n\n{m['device']}, {versions} ([JSON](../tests/bench/results/{stem}.json)).\n"
@@ -134,17 +179,32 @@ def _section(stem: str, result: Result) -> str:
     red = [f"- `{op}`: {verdict}\n" for op, verdict in result.gates.items() if verdict != GREEN]
     if red:
         parts.append("### No figures: these functions are wrong here\n\n" + "".join(red))
+    if m["device"] != "cpu":
+        parts.append(_bars(rows))
     parts.append(_where_beaten(timed, "us", "µs", "Where a peer is faster"))
     parts.append(_where_beaten(timed, "mib", "MiB", "Where a peer needs less memory"))
-    if timed:
-        parts.append("".join(f"![{said}](figures/bench-{stem}-{which}.png)\n" for which, said in FIGURES.items()))
+    parts.append("\n".join(f"![{FIGURES[which]}](figures/bench-{stem}-{which}.png)\n" for which in drawn(result)))
     parts += [_function(op, [r for r in timed if r.op == op]) for op in dict.fromkeys(r.op for r in timed)]
+    if by_size:
+        parts.append(_by_size(by_size))
     if host:
         parts.append(_host(host))
     return "\n".join(p for p in parts if p)
 
 
-FIGURES = {"floor": "how much of what the machine can do each provider reaches", "sizes": "time and memory by size"}
+FIGURES = {
+    "floor": "how much of what the machine can do each provider reaches",
+    "time": "time by size",
+    "memory": "memory by size",
+}
+
+
+def drawn(result: Result) -> dict[str, list[Row]]:
+    """The figures that a run has rows for, and those."""
+    rows = result.allowed()
+    timed, by_size = [r for r in rows if r.mode in MODES], [r for r in rows if r.mode == SWEEP]
+    found = {"floor": timed, "time": by_size, "memory": [r for r in by_size if r.mib is not None]}
+    return {which: each for which, each in found.items() if each}
 
 
 def page(found: dict[str, Result]) -> str:
@@ -167,12 +227,10 @@ def write(folder: Path = results.FOLDER, docs: Path = DOCS) -> list[Path]:
     written = [docs / "benchmarks.md"]
     written[0].write_text(page(found))
     for stem, result in found.items():
-        timed = [r for r in result.allowed() if r.mode in MODES]
-        if timed:
-            for which in FIGURES:
-                path = docs / "figures" / f"bench-{stem}-{which}.png"
-                getattr(figures, which)(timed, f"{result.machine['device']}, torch {result.machine['torch']}", path)
-                written.append(path)
+        for which, rows in drawn(result).items():
+            path = docs / "figures" / f"bench-{stem}-{which}.png"
+            getattr(figures, which)(rows, f"{result.machine['device']}, torch {result.machine['torch']}", path)
+            written.append(path)
     return written
 
 

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import platform
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from itertools import count
 from pathlib import Path
@@ -26,7 +26,7 @@ class Row:
 
     op: str
     shape: str
-    mode: str  # "forward", "forward + backward": device time; "host": the host's time for both
+    mode: str  # one of tests.bench.table: device time, but for "host", which is the host's for forward and backward
     provider: str
     us: float | None  # None where it could not be measured: `note` says why
     bytes: int = 0
@@ -34,6 +34,8 @@ class Row:
     floor_us: float | None = None
     mib: float | None = None  # at the peak, over the inputs
     ours_over_this: float | None = None  # host: the median ratio of paired turns
+    by_events: bool = False  # timed between events around plain calls: it makes the host wait, so that no graph could be replayed
+    size: int = 0  # in a sweep: the number along which it goes
     note: str = ""
 
     @property
@@ -120,7 +122,8 @@ def save(result: Result, folder: Path) -> Path:
 
 def _written(row: Row) -> dict[str, Any]:
     """What is not at its default; a thousandth of a microsecond is finer than any clock here."""
-    return {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(row).items() if v not in (None, "", 0)}
+    default = {f.name: None if f.default is MISSING else f.default for f in fields(Row)}
+    return {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(row).items() if v != default[k]}
 
 
 def load(path: Path) -> Result:

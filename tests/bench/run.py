@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from tests.numerics import assert_near
 from tests.sample import Sample
 
 from . import measure, peers, table
-from .peers import OURS
+from .peers import DONATE, OURS
 from .results import GREEN, Result, Row, machine
-from .table import BOTH, FORWARD, HOST, Bench, Sizes
+from .table import BOTH, FORWARD, HOST, MODES, SWEEP, Bench, Sizes, Sweep
 
 
 class Red(AssertionError):
@@ -31,6 +31,7 @@ class Run:
         self.device = device
         self.rows: list[Row] = []
         self.gates: dict[str, str] = {}
+        self._judged: set[tuple[str, Sizes]] = set()
 
     @cached_property
     def limits(self) -> dict[str, float]:
@@ -41,21 +42,23 @@ class Run:
 
     # --- gate ---------------------------------------------------------------------------------------------------------------------------
 
-    def gate(self, bench: Bench) -> None:
+    def gate(self, bench: Bench, sweep: Sweep | None = None) -> None:
         """Value and gradients against fp64 at each width that is measured; raises `Red`, again and again, where the rule does not hold."""
-        if bench.op not in self.gates:
-            try:
-                for sizes in table.sizes(bench, self.device):
-                    self._judge(bench, bench.gate_sizes(sizes))
-                self.gates[bench.op] = GREEN
-            except Exception as wrong:
-                self.gates[bench.op] = " ".join(f"{type(wrong).__name__}: {wrong}".split())
-            self._free()
+        try:
+            for sizes in table.sizes(sweep or bench, self.device):
+                small = bench.gate_sizes(sizes)
+                if self.gates.get(bench.op, GREEN) == GREEN and (bench.op, small) not in self._judged:
+                    self._judge(bench, small)
+                    self._judged.add((bench.op, small))
+            self.gates.setdefault(bench.op, GREEN)
+        except Exception as wrong:
+            self.gates[bench.op] = " ".join(f"{type(wrong).__name__}: {wrong}".split())
+        self._free()
         if self.gates[bench.op] != GREEN:
             raise Red(f"{bench.op}: no figures, its gate is red: {self.gates[bench.op]}")
 
     def _judge(self, bench: Bench, sizes: Sizes) -> None:
-        case, table_of_op = Case(bench.shape(sizes), bench.make(*sizes)), cases.TABLES.get(bench.op)
+        case, table_of_op = Case(bench.shape(sizes), bench.make(*sizes), bench.options(*sizes)), cases.TABLES.get(bench.op)
         if table_of_op is None:
             raise LookupError(f"tests.cases has no table of {bench.op}; add one")
         values = []
@@ -74,32 +77,47 @@ class Run:
     # --- device -------------------------------------------------------------------------------------------------------------------------
 
     def speed(self, bench: Bench, sizes: Sizes) -> list[Row]:
-        """Time and memory of each provider, forward alone and with the backward."""
+        """Time and memory of each provider, forward alone and with the backward; donating says something of the latter only."""
         self.gate(bench)
-        added = [
-            self._device(bench, sizes, mode, *each) for each in peers.providers(bench.op, self.device).items() for mode in (FORWARD, BOTH)
-        ]
+        each = peers.providers(bench.op, self.device).items()
+        added = [self._device(bench, sizes, mode, p, fn) for p, fn in each for mode in MODES if (p, mode) != (DONATE, FORWARD)]
         self.rows += added
         return added
 
-    def _device(self, bench: Bench, sizes: Sizes, mode: str, provider: str, fn: measure.Fn) -> Row:
+    def sweep(self, sweep: Sweep, sizes: Sizes) -> list[Row]:
+        """Time and memory of forward and backward at one size of many, for plots: from fewer replays."""
+        bench = sweep.bench
+        self.gate(bench, sweep)
+        found = peers.for_sweep(bench.op, self.device).items()
+        added = [replace(self._device(bench, sizes, BOTH, *each, replays=(10, 50)), mode=SWEEP, size=sizes[sweep.at]) for each in found]
+        self.rows += added
+        return added
+
+    def _device(
+        self, bench: Bench, sizes: Sizes, mode: str, provider: str, fn: measure.Fn, replays: tuple[int, int] = measure.REPLAYS
+    ) -> Row:
         moved, flops = bench.least_bytes(sizes, mode), bench.least_flops(sizes, mode)
         floor = moved / self.limits["copy_gbs"] / 1e3 + flops / self.limits["matmul_tflops"] / 1e6
         note = peers.NOTES.get((provider, bench.op), "")
         row = Row(bench.op, bench.shape(sizes), mode, provider, None, moved, flops, floor, note=note)
-        make, call = (measure.forward if mode == FORWARD else measure.forward_backward), None
+        make, args, renew, call = (measure.forward if mode == FORWARD else measure.forward_backward), (), None, None
+        ours = provider in (OURS, DONATE)
         try:
-            call = make(fn, self._arguments(bench, sizes))
+            args = self._arguments(bench, sizes)
+            if mode == BOTH and (provider, bench.op) in peers.OVERWRITES:
+                args, renew = measure.renewable(args)
+            call = make(partial(fn, **bench.options(*sizes)), args)
             mib = measure.peak_mib(call, self.device)
-            return replace(row, mib=mib, us=measure.device_us(call, self.device, graph=bench.graph))
+            timed = measure.device_us(call, self.device, renew=renew, must_capture=ours, replays=replays)
+            return replace(row, mib=mib, us=timed.us, by_events=timed.by_events)
         except torch.OutOfMemoryError:
             return replace(row, note="out of memory")
         except Exception as failed:
-            if provider == OURS:
+            if ours:
                 raise
             return replace(row, note=_failure(failed))  # a peer's fault ends its own row
         finally:
-            del call
+            del args, renew, call
             self._free()
 
     def _arguments(self, bench: Bench, sizes: Sizes) -> tuple[Any, ...]:
@@ -139,7 +157,8 @@ class Run:
 
     def step(self, bench: Bench, provider: str = OURS) -> Callable[[], Any]:
         """One call and its backward on a tiny tensor."""
-        return measure.step(peers.uncompiled(bench.op, self.device)[provider], self._arguments(bench, bench.tiny))
+        fn, options = peers.uncompiled(bench.op, self.device)[provider], bench.options(*bench.tiny)
+        return measure.step(partial(fn, **options) if options else fn, self._arguments(bench, bench.tiny))
 
 
 def _failure(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """What is measured, as data: each function at the sizes of real models, and the least work that any implementation of it must do.
 
-A row is a function; its `sizes` are what `make` takes. A function that liger_fn does not have is left out.
+A row of ALL is a function; its `sizes` are what `make` takes. A row of SWEEPS is a function along one of its sizes, for plots. A function
+that liger_fn does not have is left out.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 
@@ -15,12 +17,16 @@ import liger_fn
 from tests.cases import Inputs, Maker
 
 Sizes = tuple[int, ...]
-FORWARD, BOTH, HOST = "forward", "forward + backward", "host"
+FORWARD, BOTH, HOST, SWEEP = "forward", "forward + backward", "host", "by size: forward + backward"
 MODES = (FORWARD, BOTH)
 
 
 def _elements(*sizes: int) -> int:
     return prod(sizes)
+
+
+def _no_options(*sizes: int) -> dict[str, Any]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Bench:
     label: str = ""  # how sizes are written, where not AxBxC
     gate_rows: int = 256  # the gate runs at each of the sizes, with at most as many rows
     draws: int = 1  # how many inputs the gate is judged over: the rounding of a single loss is luck
-    graph: bool = True  # can every provider be captured in a CUDA graph, that is: does none make the host wait
+    options: Callable[..., dict[str, Any]] = _no_options  # arguments that are no tensors, by name
 
     def shape(self, sizes: Sizes) -> str:
         return self.label.format(*sizes) if self.label else "x".join(map(str, sizes))
@@ -53,6 +59,23 @@ class Bench:
         return 2 * self.products[MODES.index(mode)] * self.elements(*sizes)
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """One function, from small to large: `sizes` differ in the number at `at`, which is called `along`, and perhaps in one that makes up
+    for it.
+    """
+
+    op: str
+    along: str
+    at: int
+    sizes: tuple[Sizes, ...]
+    tiny: tuple[Sizes, ...]
+
+    @property
+    def bench(self) -> Bench:
+        return next(b for b in ALL if b.op == self.op)
+
+
 def _norm(*names: str) -> Callable[[int, int], Callable[[Maker], Inputs]]:
     """A row-wise function of `names[0]` with the weights in the rest."""
 
@@ -64,6 +87,23 @@ def _norm(*names: str) -> Callable[[int, int], Callable[[Maker], Inputs]]:
 
 def _add_norm(n: int, h: int) -> Callable[[Maker], Inputs]:
     return lambda m: {"x": m.normal(n, h), "residual": m.normal(n, h), "weight": m.normal(h, shift=1.0)}
+
+
+def _group_norm(b: int, c: int, h: int, w: int, groups: int) -> Callable[[Maker], Inputs]:
+    return lambda m: {"x": m.normal(b, c, h, w), "weight": m.normal(c, shift=1.0), "bias": m.normal(c)}
+
+
+def _packed(n: int, h: int) -> Callable[[Maker], Inputs]:
+    return lambda m: {"gate_up": m.normal(n, 2 * h)}
+
+
+def _mlp(n: int, h: int, inner: int) -> Callable[[Maker], Inputs]:
+    return lambda m: {
+        "x": m.normal(n, h),
+        "w_gate": m.normal(inner, h, scale=h**-0.5),
+        "w_up": m.normal(inner, h, scale=h**-0.5),
+        "w_down": m.normal(h, inner, scale=inner**-0.5),
+    }
 
 
 def _glu(n: int, h: int) -> Callable[[Maker], Inputs]:
@@ -98,21 +138,36 @@ ALL = (
     # forward: x, residual, their sum, y; backward: dy, the sum's cotangent, the sum, dx
     Bench(op="add_rms_norm", make=_add_norm, tiny=(8, 256), passes=(4, 8), sizes=((8192, 4096),)),
     Bench(op="layer_norm", make=_norm("x", "weight", "bias"), tiny=(8, 256), passes=(2, 5), sizes=((8192, 4096),)),
+    Bench(
+        op="group_norm", make=_group_norm, tiny=(2, 8, 4, 4, 4), passes=(2, 5), sizes=((8, 320, 64, 64, 32), (64, 512, 8, 8, 32)),
+        elements=lambda b, c, h, w, groups: b * c * h * w, label="{}x{}x{}x{} g{}",
+        options=lambda b, c, h, w, groups: {"num_groups": groups},
+    ),
     Bench(op="softmax", make=_norm("x"), tiny=(8, 256), passes=(2, 5), sizes=((8192, 4096),)),
     Bench(op="swiglu", make=_glu, tiny=(8, 256), passes=(3, 8), sizes=((8192, 14336),)),
     Bench(op="geglu", make=_glu, tiny=(8, 256), passes=(3, 8), sizes=((8192, 14336),)),
+    Bench(op="swiglu_packed", make=_packed, tiny=(8, 256), passes=(3, 8), sizes=((8192, 14336),)),
+    Bench(op="relu_squared", make=_norm("x"), tiny=(8, 256), passes=(2, 5), sizes=((8192, 14336),)),
+    Bench(op="swiglu_mlp", make=_mlp, tiny=(8, 32, 64), products=(3, 9), sizes=((8192, 4096, 14336),)),
     Bench(
         op="rope", make=_rope, tiny=(1, 4, 4, 2, 16), passes=(2, 4), sizes=((4, 4096, 32, 8, 128),), gate_rows=1,
         elements=lambda b, t, q, k, d: b * t * (q + k) * d, label="{}x{} q{} k{} d{}",
     ),
     Bench(
-        op="cross_entropy", make=_loss, tiny=(8, 100), passes=(1, 3), sizes=((8192, 128256), (8192, 32000)), draws=8, graph=False,
+        op="cross_entropy", make=_loss, tiny=(8, 100), passes=(1, 3), sizes=((8192, 128256), (8192, 32000)), draws=8,
     ),
     Bench(
-        op="linear_cross_entropy", make=_head, tiny=(8, 32, 100), products=(1, 3), draws=8, graph=False,
+        op="linear_cross_entropy", make=_head, tiny=(8, 32, 100), products=(1, 3), draws=8,
         sizes=((8192, 4096, 128256), (16384, 2048, 32000)), gate_rows=4500,  # more than one chunk
     ),
 )  # fmt: skip
+
+
+SWEEPS = (
+    Sweep("rms_norm", "width, at 2²⁵ elements", 1, tuple((2**25 // h, h) for h in (2**i for i in range(10, 17))), ((4, 64), (2, 128))),
+    Sweep("cross_entropy", "vocabulary, at 4096 rows", 1, tuple((4096, 2**i) for i in range(12, 19)), ((4, 50), (4, 100))),
+    Sweep("swiglu", "rows of 14336", 0, tuple((2**i, 14336) for i in range(9, 15)), ((2, 64), (4, 64))),
+)
 
 
 def present() -> tuple[Bench, ...]:
@@ -120,6 +175,13 @@ def present() -> tuple[Bench, ...]:
     return tuple(b for b in ALL if hasattr(liger_fn, b.op))
 
 
-def sizes(bench: Bench, device: torch.device) -> tuple[Sizes, ...]:
+def sweeps() -> tuple[Sweep, ...]:
+    """Those whose function liger_fn has."""
+    return tuple(s for s in SWEEPS if hasattr(liger_fn, s.op))
+
+
+def sizes(bench: Bench | Sweep, device: torch.device) -> tuple[Sizes, ...]:
     """What is measured on `device`: without a GPU only that the harness works."""
-    return bench.sizes if device.type == "cuda" else (bench.tiny,)
+    if device.type == "cuda":
+        return bench.sizes
+    return (bench.tiny,) if isinstance(bench, Bench) else bench.tiny

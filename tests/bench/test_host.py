@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.bench import peers, table
-from tests.bench.peers import LIGER
+from tests.bench import bars, peers, table
+from tests.bench.bars import Bar
 from tests.bench.run import Run
 from tests.bench.table import Bench
 
@@ -20,10 +20,13 @@ def test_host_cost(run: Run, bench: Bench, benchmark: Any) -> None:
     benchmark.pedantic(run.step(bench), rounds=rounds, iterations=iterations, warmup_rounds=1)  # to keep and compare: --benchmark-autosave
 
 
-def test_host_cost_is_a_fraction_of_liger_kernels(run: Run) -> None:
-    (rms_norm,) = (b for b in table.ALL if b.op == "rms_norm")
-    if LIGER not in peers.uncompiled("rms_norm", run.device):
-        pytest.skip("needs a GPU and liger-kernel")
-    ratios = run.host_pair(rms_norm, LIGER, pairs=100, turns=50).ratios
-    print(f"\nhost cost over liger-kernel's: median {median(ratios):.2f}, half of 100 pairs from {ratios[25]:.2f} to {ratios[75]:.2f}")
-    assert median(ratios) <= 0.65
+@pytest.mark.parametrize("bar", [pytest.param(b, id=f"{b.op}-{b.provider}") for bench in table.present() for b in bars.host(bench.op)])
+def test_host_cost_is_a_fraction_of_a_peers(run: Run, bar: Bar) -> None:
+    (bench,) = (b for b in table.ALL if b.op == bar.op)
+    if run.device.type != "cuda" or bar.provider not in peers.uncompiled(bar.op, run.device):
+        pytest.skip(f"needs a GPU and {bar.provider}")
+    run.gate(bench)
+    ratios = run.host_pair(bench, bar.provider, pairs=60, turns=25).ratios
+    middle = f"median {median(ratios):.2f}, half of 60 pairs from {ratios[15]:.2f} to {ratios[45]:.2f}"
+    print(f"\n{bar.op}, host cost over {bar.provider}'s: {middle}")
+    assert median(ratios) <= bar.most

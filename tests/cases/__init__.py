@@ -5,6 +5,7 @@ name, from a `Maker` that knows the device, the dtype and the seed; on the "meta
 """
 
 from .glu import GEGLU, GEGLU_PACKED, REGLU, RELU_SQUARED, SWIGLU, SWIGLU_MLP, SWIGLU_PACKED
+from .group_norm import GROUP_NORM
 from .losses import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, REDUCTIONS, SMALL_BUDGET, SOFTMAX
 from .norms import ADD_RMS_NORM, LAYER_NORM, RMS_NORM
 from .rope import ROPE
@@ -16,6 +17,7 @@ TABLES = {
         RMS_NORM,
         ADD_RMS_NORM,
         LAYER_NORM,
+        GROUP_NORM,
         SWIGLU,
         GEGLU,
         REGLU,
@@ -39,6 +41,7 @@ __all__ = [
     "FP64",
     "GEGLU",
     "GEGLU_PACKED",
+    "GROUP_NORM",
     "HALVES",
     "IGNORED",
     "LAYER_NORM",
