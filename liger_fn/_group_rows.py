@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ._launch import cdiv, jit, launch, next_power_of_2, processors, tl, warps
+from ._launch import cdiv, has_fp64, jit, launch, next_power_of_2, processors, tl, warps
 from ._reduce import sum_rows
 
 BLOCK, WARPS = 16384, 16  # of a row whose channels do not matter: elements at a time, and the warps for them
@@ -233,8 +233,9 @@ def _wide_bwd_kernel(
 
 @jit
 def _sums_kernel(
-    dy_ptr, x_ptr, m_ptr, r_ptr, dw_ptr, db_ptr, N, D, S, length, CHANNELS: tl.constexpr, SPATIAL: tl.constexpr
+    dy_ptr, x_ptr, m_ptr, r_ptr, dw_ptr, db_ptr, N, D, S, length, CHANNELS: tl.constexpr, SPATIAL: tl.constexpr, FP64: tl.constexpr
 ):  # fmt: skip
+    WIDE: tl.constexpr = tl.float64 if FP64 else tl.float32  # of a long sum, the last steps round most
     part = tl.program_id(1)
     i = tl.arange(0, CHANNELS)
     row = tl.program_id(0).to(tl.int64) * CHANNELS + i
@@ -255,10 +256,10 @@ def _sums_kernel(
         if dw_ptr is not None:
             x = tl.load(x_ptr + base + at, mask=keep, other=0.0).to(tl.float32)
             b += dy * (x - about(m, x_ptr)[:, None])
-    a = tl.sum(a, 1)
+    a = tl.sum(a.to(WIDE), 1).to(tl.float32)
     at = part.to(tl.int64) * N + row
     if dw_ptr is not None:
-        tl.store(dw_ptr + at, centred(tl.sum(b, 1), a, m, r, x_ptr), mask=there)
+        tl.store(dw_ptr + at, centred(tl.sum(b.to(WIDE), 1).to(tl.float32), a, m, r, x_ptr), mask=there)
     if db_ptr is not None:
         tl.store(db_ptr + at, a, mask=there)
 
@@ -379,7 +380,8 @@ def large_bwd(
         blocks = cdiv(n * c, t.channels)
         launch(
             _sums_kernel, (blocks, parts), x.device,
-            dy, x, mean, rstd, dws, dbs, n * c, d, s, length, CHANNELS=t.channels, SPATIAL=t.spatial, num_warps=t.warps,
+            dy, x, mean, rstd, dws, dbs, n * c, d, s, length,
+            CHANNELS=t.channels, SPATIAL=t.spatial, FP64=has_fp64(x.device), num_warps=t.warps,
         )  # fmt: skip
         if dx is not None:
             shares = mean.new_empty(rows, 2)

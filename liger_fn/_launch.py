@@ -5,6 +5,7 @@ Kernels compute offsets in 64 bits (`tl.program_id(0).to(tl.int64)`), so a tenso
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,14 +17,23 @@ import torch
 from torch import Tensor
 
 tl: Any
-jit: Callable[[Callable[..., Any]], Any]
 try:
     import triton
     import triton.language
 
-    jit, tl, HAS_TRITON = triton.jit, triton.language, True
+    tl, HAS_TRITON = triton.language, True
 except ImportError:  # Windows, Mac, or a CPU-only install: the reference backend runs, and kernels stay plain functions that nobody calls
-    jit, tl, HAS_TRITON = lambda fn: fn, SimpleNamespace(constexpr=int), False
+    tl, HAS_TRITON = SimpleNamespace(constexpr=int), False
+
+COUNTS = ("N", "T", "blocks", "parts")  # parameters that change from batch to batch; the width of no load depends on them
+
+
+def jit(fn: Callable[..., Any]) -> Any:
+    """`triton.jit`, compiled once whatever the `COUNTS` are; by itself, Triton compiles anew for a count of 1 and for multiples of 16."""
+    if not HAS_TRITON:
+        return fn
+    return triton.jit(fn, do_not_specialize=[name for name in COUNTS if name in inspect.signature(fn).parameters])
+
 
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
@@ -149,6 +159,11 @@ def processors(device: torch.device) -> int:
         return 4
     properties = _module(device.type).get_device_properties(device)
     return int(getattr(properties, "multi_processor_count", 0) or properties.gpu_eu_count)
+
+
+def has_fp64(device: torch.device) -> bool:
+    """Apple's GPUs and some of Intel's have no fp64."""
+    return device.type in ("cpu", "cuda", "meta")
 
 
 def cdiv(a: int, b: int) -> int:

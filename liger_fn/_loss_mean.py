@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ._check import wide, wide_dtype
-from ._launch import jit, launch, next_power_of_2, tl, warps
+from ._launch import has_fp64, jit, launch, tl
 
-_FP64 = ("cpu", "cuda", "meta")  # devices that have fp64; Apple's and some of Intel's have not
+BLOCK = 4096  # rows at a time
 
 
 class Reduce(Protocol):
@@ -65,7 +65,7 @@ def plain_reduce(
         divisor = torch.where(items == 0, torch.ones_like(items), items)
     if each is None:
         return None, divisor
-    total = each.sum(dtype=torch.float64 if each.device.type in _FP64 else None)
+    total = each.sum(dtype=torch.float64 if has_fp64(each.device) else None)
     return (total if divisor is None else total / divisor).to(each.dtype), divisor
 
 
@@ -74,7 +74,7 @@ _SUM, _ROWS, _ITEMS, _KNOWN = (tl.constexpr(i) for i in range(4))  # where a div
 
 @jit
 def _reduce_kernel(
-    loss_ptr, target_ptr, w_ptr, items_ptr, divisor_ptr, y_ptr, target_stride, N, V, ignore_index,
+    loss_ptr, target_ptr, w_ptr, items_ptr, divisor_ptr, y_ptr, target_stride, L, V, ignore_index,
     FROM: tl.constexpr, FP64: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     WIDE: tl.constexpr = tl.float64 if FP64 else tl.float32
@@ -82,17 +82,17 @@ def _reduce_kernel(
     total = tl.zeros((BLOCK,), WIDE)
     weights = tl.zeros((BLOCK,), WIDE)
     rows = tl.zeros((BLOCK,), tl.int64)
-    for start in range(0, N, BLOCK):
+    for start in range(0, L, BLOCK):
         at = start + block
         if loss_ptr is not None:
-            total += tl.load(loss_ptr + at, mask=at < N, other=0.0).to(WIDE)
+            total += tl.load(loss_ptr + at, mask=at < L, other=0.0).to(WIDE)
         if FROM == _ROWS:
-            y = tl.load(target_ptr + at.to(tl.int64) * target_stride, mask=at < N, other=ignore_index)
+            y = tl.load(target_ptr + at.to(tl.int64) * target_stride, mask=at < L, other=ignore_index)
             if w_ptr is None:
                 rows += (y != ignore_index).to(tl.int64)
             else:
                 y_legal = tl.minimum(tl.maximum(y, 0), V - 1)
-                weights += tl.load(w_ptr + y_legal, mask=(at < N) & (y != ignore_index), other=0.0).to(WIDE)
+                weights += tl.load(w_ptr + y_legal, mask=(at < L) & (y != ignore_index), other=0.0).to(WIDE)
     divisor = tl.full((), 1.0, WIDE)
     if FROM == _ROWS:
         if w_ptr is None:
@@ -128,10 +128,9 @@ def kernel_reduce(
     y = None if each is None else each.new_empty(())
     if y is not None or divisor is not None:
         flat, n = target.reshape(-1), target.numel()
-        block = min(8192, next_power_of_2(n))
         launch(
             _reduce_kernel, (1,), target.device,
             each, flat, weight, items, divisor, y, flat.stride(0), n, 0 if weight is None else weight.shape[0], ignore_index,
-            FROM=made.value, FP64=target.device.type in _FP64, BLOCK=block, num_warps=warps(block, 256, 4),
+            FROM=made.value, FP64=has_fp64(target.device), BLOCK=BLOCK, num_warps=BLOCK // 256,
         )  # fmt: skip
     return y, divisor

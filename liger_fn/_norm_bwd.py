@@ -5,7 +5,7 @@ r"""The backward of the rows of a norm, as rms_norm, add_rms_norm and layer_norm
 where x̂ = (x − m) r, g = dy (w + offset), m = c₁ = 0 without a mean, and ds is what else flows into x. A program takes rows at even
 intervals and keeps its own sums over them, which a second launch adds up. One program to a multiprocessor has few registers for the next
 row, so that row comes through shared memory while this one is computed (`STAGES`); a row of which not even the sums leave room for the
-numbers is loaded again from L1 when the sums over it are known, behind half of the next row (`AHEAD`). Wider rows: `_norm_rows.wide_bwd`.
+numbers is loaded again, from L1, when the sums over it are known (`AGAIN`). Wider rows: `_norm_rows.wide_bwd`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ._launch import cdiv, jit, launch, next_power_of_2, processors, tl
 from ._norm_rows import wide_bwd
 from ._reduce import partial, sum_rows
 
-HELD, HELD_AHEAD = 8192, 16384  # columns that one program can hold beside their sums; the second of 16-bit numbers, without db
+HELD, SUMMED = 8192, 16384  # columns that one program can hold, and of which it can hold dw; the second of 16-bit numbers, without db
 STEP = 4096  # elements a program takes at a time
 
 
@@ -63,26 +63,22 @@ def _row(x_ptr, add_ptr, at, add_at, keep, POLICY: tl.constexpr):
 def _bwd_kernel(
     dy_ptr, ds_ptr, x_ptr, add_ptr, w_ptr, m_ptr, r_ptr, dx_ptr, again_ptr, dw_ptr, db_ptr,
     dy_stride, ds_stride, stride, add_stride, N, H, offset,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, AGAIN: tl.constexpr
 ):  # fmt: skip
     pid = tl.program_id(0)
     step = tl.num_programs(0) * ROWS
     col = tl.arange(0, BLOCK)[None, :]
-    if w_ptr is not None and not AHEAD:
+    if w_ptr is not None and not AGAIN:
         w = tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32) + offset
     if dw_ptr is not None:
         dw = tl.zeros((ROWS, BLOCK), tl.float32)
     if db_ptr is not None:
         db = tl.zeros((ROWS, BLOCK), tl.float32)
-    if AHEAD:
-        row = pid * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
-        keep = (row < N) & (col < H)
-        x = _row(x_ptr, add_ptr, row * stride + col, row * add_stride + col, keep, "")
     for start in tl.range(pid * ROWS, N, step, num_stages=STAGES):
         row = start + tl.arange(0, ROWS).to(tl.int64)[:, None]
         keep = (row < N) & (col < H)
         at, add_at, dy_at = row * stride + col, row * add_stride + col, row * dy_stride + col
-        if (dx_ptr is not None or dw_ptr is not None) and not AHEAD:
+        if dx_ptr is not None or dw_ptr is not None:
             x = _row(x_ptr, add_ptr, at, add_at, keep, "")
         d = tl.load(dy_ptr + dy_at, mask=keep, other=0.0).to(tl.float32)
         r = tl.load(r_ptr + row, mask=row < N, other=0.0)
@@ -94,22 +90,19 @@ def _bwd_kernel(
         if dx_ptr is not None:
             g = d
             if w_ptr is not None:
-                if AHEAD:
+                if AGAIN:
                     w = tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32) + offset
                 g = tl.fma(d, w, 0.0)  # rounded once, here: in a row of one element g − c₁ is exactly 0
             c1 = 0.0
             if m_ptr is not None:
                 c1 = tl.div_rn(tl.sum(g, 1), H * 1.0)[:, None]
             c2 = tl.div_rn(tl.sum(g * xr, 1), H * 1.0)[:, None]
-            if AHEAD:
-                ahead = keep & (row + step < N)
-                next_x = _row(x_ptr, add_ptr, at + step.to(tl.int64) * stride, add_at + step.to(tl.int64) * add_stride, ahead, "")
+            if AGAIN:
                 xr = (_row(x_ptr, add_ptr, at, add_at, keep, "evict_first").to(tl.float32) - m) * r
                 d = tl.load(dy_ptr + dy_at, mask=keep, other=0.0, eviction_policy="evict_first").to(tl.float32)
                 g = d
                 if w_ptr is not None:
                     g = tl.fma(d, tl.load(w_ptr + col, mask=col < H, other=0.0, eviction_policy="evict_last").to(tl.float32) + offset, 0.0)
-                x = next_x
             dx = r * (g - c1 - xr * c2)
             if ds_ptr is not None:
                 dx += tl.load(ds_ptr + row * ds_stride + col, mask=keep, other=0.0).to(tl.float32)
@@ -153,7 +146,7 @@ def norm_bwd(
     n, h = dy.shape
     size = x.element_size()
     columns = next_power_of_2(h)
-    if columns > HELD and (columns > HELD_AHEAD or size > 2 or db is not None):
+    if columns > HELD and (columns > SUMMED or size > 2 or db is not None):
         wide_bwd(dy, x if add is None else x + add, weight, rstd, dx, dw, offset=offset, mean=mean, db=db, ds=ds, again=again)
         return
     t = _tile(h, size * (2 + (ds is not None) + (add is not None)), _launch.NVIDIA)
@@ -163,6 +156,6 @@ def norm_bwd(
         _bwd_kernel, (programs,), dy.device,
         dy, ds, x, add, weight, mean, rstd, dx, again, dws, dbs, dy.stride(0), 0 if ds is None else ds.stride(0), x.stride(0),
         0 if add is None else add.stride(0), n, h, offset,
-        ROWS=t.rows, BLOCK=t.columns, STAGES=t.stages, AHEAD=t.columns > HELD and dx is not None, num_warps=t.warps,
+        ROWS=t.rows, BLOCK=t.columns, STAGES=t.stages, AGAIN=t.columns > HELD and dx is not None, num_warps=t.warps,
     )  # fmt: skip
     sum_rows(dws, dw, dbs, db)

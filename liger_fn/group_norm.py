@@ -84,7 +84,7 @@ def _plain_bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[
         b = ((dyw * (xw - mu)).sum(-1, keepdim=True) - (m - mu) * dyw.sum(-1, keepdim=True)) * r
         dw = b.sum(0).view(c).to(weight.dtype)
     if needs[2] and bias is not None:
-        db = dyw.sum((0, 3)).view(c).to(bias.dtype)
+        db = dyw.sum(-1).sum(0).view(c).to(bias.dtype)
     return dx, dw, db
 
 
@@ -285,8 +285,8 @@ def group_norm(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: T
             2³¹ − 2¹⁶ elements, weight or bias is not `[C]`, tensors are on different devices.
 
     Example:
-        >>> liger_fn.group_norm(torch.tensor([[1.0, 3.0, 5.0, 5.0]]), 2, bias=torch.tensor([0.0, 1.0, 0.0, 1.0]))
-        tensor([[-1.0000,  2.0000,  0.0000,  1.0000]])
+        >>> liger_fn.group_norm(torch.tensor([[1.0, 3.0, 4.0, 8.0]]), 2, bias=torch.tensor([0.0, 1.0, 0.0, 1.0]), eps=0.0)
+        tensor([[-1.,  2., -1.,  2.]])
 
     Source: Wu & He 2018, arXiv:1803.08494.
     """

@@ -65,16 +65,17 @@ def launches(table: Table, case: Case, dtype: torch.dtype) -> list[_launch.Launc
 def job(launch: _launch.Launch) -> Job:
     """The launch as Triton's runtime would specialise it: None and 1 are constants, multiples of 16 are known to be."""
     kernel, meta = launch.kernel, dict(launch.meta)
+    counts = {p.name for p in kernel.params if p.do_not_specialize}
     options = tuple((k, meta.pop(k)) for k in ("num_warps", "num_stages", "num_ctas", "maxnreg") if k in meta)
     signature, constants, divisible = [], [], []
     for name, value in (*zip(kernel.arg_names, launch.args, strict=False), *meta.items()):
-        kind = _kind(value)
+        kind = ("i32" if value < 2**31 else "i64") if name in counts else _kind(value)
         if name in meta or kind == "constexpr":
             signature.append((name, "constexpr"))
             constants.append((name, value))
             continue
         signature.append((name, kind))
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and name not in counts):
             divisible.append(name)
     assert len(signature) == len(kernel.arg_names), f"{kernel.__name__}: {len(signature)} of {len(kernel.arg_names)} arguments"
     return Job(kernel.fn.__module__, kernel.fn.__name__, tuple(signature), tuple(constants), tuple(divisible), options)

@@ -106,10 +106,33 @@ def test_make_bench_takes_the_sweeps_alone(tmp_path: Path) -> None:
     assert result.limits
 
 
-def _make_bench(choice: str, folder: Path) -> Result:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/bench", "--bench-dir", str(folder)]
+KILL = """import os
+import pytest
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_setup(item):
+    if "swiglu" in item.name:
+        os._exit(9)
+"""
+
+
+def test_a_run_that_is_killed_keeps_what_it_measured(tmp_path: Path) -> None:
+    (tmp_path / "killer.py").write_text(KILL)
+    done = _bench("test_host_cost and not peers and (softmax or swiglu)", tmp_path / "out", "-p", "killer", path=str(tmp_path))
+    assert done.returncode == 9, done.stdout + done.stderr
+    (path,) = (tmp_path / "out").iterdir()
+    assert {r.op for r in results.load(path).rows} == {"softmax"}
+
+
+def _bench(choice: str, folder: Path, *options: str, path: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", *options, "-p", "no:cacheprovider", "tests/bench", "--bench-dir", str(folder)]
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, "-k", choice], capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (path, env.get("PYTHONPATH"))))
+    return subprocess.run([*command, "-k", choice], capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+
+
+def _make_bench(choice: str, folder: Path) -> Result:
+    done = _bench(choice, folder)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = folder.iterdir()
     assert f"written to {path}" in done.stdout

@@ -59,19 +59,19 @@ def test_the_page_says_where_a_peer_is_better() -> None:
     assert "In 1 of 2 comparisons" in less
     assert "| `f` | lost | forward + backward | eager | 80.0 | 100 | × 1.25 |" in less
     assert "won" not in faster + less.split("### `f`")[0]
-    assert "| won | forward + backward | liger_fn donate | **5.0** | 1 | 200 GB/s | 1.25 | 50 |" in text
-    assert "| lost | forward + backward | liger_fn | 10.0 | 1 |" in text
-    assert "| alone | forward + backward | eager | – | 1 | – | – | – |" in text
+    assert "| won | forward + backward | liger_fn donate | **5.0** | – | 1 | 200 GB/s | 1.25 | 50 |" in text
+    assert "| lost | forward + backward | liger_fn | 10.0 | – | 1 |" in text
+    assert "| alone | forward + backward | eager | – | – | 1 | – | – | – |" in text
     assert "A copy reaches 3,000 GB/s, a matrix product of bf16 700 TFLOP/s." in text
 
 
 def test_the_page_shows_every_bar_met_or_not() -> None:
     shape = "8192x14336"
     rows = [
-        Row("swiglu", shape, BOTH, OURS, 104.0, bytes=10, floor_us=100.0, mib=672.0),
+        Row("swiglu", shape, BOTH, OURS, 99.0, alone_us=104.0, bytes=10, floor_us=100.0, mib=672.0),
         Row("swiglu", shape, BOTH, DONATE, 90.0, bytes=10, floor_us=100.0, mib=225.3),
         Row("swiglu", bench_of("swiglu").shape(bench_of("swiglu").tiny), HOST, LIGER, 9.0, ours_over_this=0.5),
-        Row("geglu", shape, BOTH, OURS, 103.0, bytes=10, floor_us=100.0),
+        Row("geglu", shape, BOTH, OURS, 120.0, alone_us=103.0, bytes=10, floor_us=100.0),
     ]
     text = report.page({"stem": Result(MACHINE, {}, {"swiglu": GREEN, "geglu": GREEN}, rows)})
     section = text.split("### The bars\n")[1].split("\n### ")[0]

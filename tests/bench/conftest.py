@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.bench import bars, results
 from tests.bench.results import Row
 from tests.bench.run import Run
 
-_run = pytest.StashKey[Run]()
+_run, _path = pytest.StashKey[Run](), pytest.StashKey[Path]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,6 +31,21 @@ def run(pytestconfig: pytest.Config, device: torch.device) -> Run:
     """The run that all benchmarks add to."""
     pytestconfig.stash[_run] = run = Run(device)
     return run
+
+
+@pytest.fixture(scope="session")
+def folder(pytestconfig: pytest.Config, device: torch.device) -> Path:
+    """Where the JSON goes."""
+    chosen: Path | None = pytestconfig.getoption("--bench-dir")
+    return chosen or (Path(tempfile.mkdtemp(prefix="liger-fn-bench-")) if device.type == "cpu" else results.FOLDER)
+
+
+@pytest.fixture(autouse=True)
+def kept(pytestconfig: pytest.Config, run: Run, folder: Path) -> Iterator[None]:
+    """What was measured so far is on disk after each benchmark: a run that is cut off loses nothing."""
+    yield
+    if run.gates:
+        pytestconfig.stash[_path] = results.save(run.result(), folder)
 
 
 def _number(value: float | None, digits: int = 0) -> str:
@@ -50,9 +66,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if run is None or not run.gates:
         return
     result, write = run.result(), terminalreporter.write_line
-    chosen = config.getoption("--bench-dir")
     on_cpu = run.device.type == "cpu"
-    path = results.save(result, chosen or (Path(tempfile.mkdtemp(prefix="liger-fn-bench-")) if on_cpu else results.FOLDER))
     write(", ".join(f"{k} {v}" for k, v in (result.machine | {k: f"{v:,.0f}" for k, v in result.limits.items()}).items()))
     if on_cpu:
         write("No GPU: wall clock of tiny tensors, which proves the harness and says nothing of speed.")
@@ -66,4 +80,4 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for op, verdict in result.gates.items():
         if verdict != results.GREEN:
             write(f"{op}: no figures, its gate is red: {verdict}")
-    write(f"written to {path}")
+    write(f"written to {config.stash[_path]}")

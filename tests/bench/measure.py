@@ -102,10 +102,15 @@ def renewable(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Run]:
 
 
 class Timed(NamedTuple):
-    """Microseconds of device time of one call, and whether they lie between events around plain calls, for want of a graph."""
+    """Microseconds of device time of one call; whether they lie between events around plain calls, for want of a graph.
+
+    `us` is of calls one after the other, as training makes them: each finds caches full of what the last one wrote, and waits for it to
+    be written back. `alone` is of calls that find an idle device, which has done so: less than the call costs, and how bars are set.
+    """
 
     us: float
     by_events: bool = False
+    alone: float | None = None
 
 
 class Uncapturable(RuntimeError):
@@ -143,11 +148,12 @@ def device_us(
             renew()
             again()
         times = _times(again, renew, _between(TIMED_MS / once, *replays), by_events=graph is None)
+        alone = [_times(again, renew, 1, by_events=graph is None, idle=True)[0] for _ in range(replays[0])]
     finally:
         del held
         if graph is not None:
             graph.reset()
-    return Timed(median(times) * 1e3, graph is None)
+    return Timed(median(times) * 1e3, graph is None, median(alone) * 1e3)
 
 
 def _nothing() -> None: ...
@@ -221,10 +227,10 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
-def _times(again: Run, renew: Run, n: int, *, by_events: bool) -> list[float]:
-    """Milliseconds of `n` calls or replays, the host ahead of the device."""
+def _times(again: Run, renew: Run, n: int, *, by_events: bool, idle: bool = False) -> list[float]:
+    """Milliseconds of `n` calls or replays, the host ahead of the device but for `idle`."""
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(n)]
-    if not by_events:
+    if not by_events and not idle:
         torch.cuda._sleep(A_REPLAYS_START * n)
     for start, end in events:
         renew()

@@ -34,6 +34,7 @@ class Row:
     floor_us: float | None = None
     mib: float | None = None  # at the peak, over the inputs
     ours_over_this: float | None = None  # host: the median ratio of paired turns
+    alone_us: float | None = None  # device time of a call that finds the device idle; `us` is of calls one after the other
     by_events: bool = False  # timed between events around plain calls: it makes the host wait, so that no graph could be replayed
     size: int = 0  # in a sweep: the number along which it goes
     note: str = ""
@@ -49,6 +50,10 @@ class Row:
     @property
     def over_floor(self) -> float | None:
         return self.us / self.floor_us if self.us and self.floor_us else None
+
+    @property
+    def alone_over_floor(self) -> float | None:
+        return self.alone_us / self.floor_us if self.alone_us and self.floor_us else None
 
     @property
     def key(self) -> tuple[str, str, str, str]:

@@ -37,8 +37,12 @@ class Run:
     def limits(self) -> dict[str, float]:
         return {"copy_gbs": measure.copy_gbs(self.device), "matmul_tflops": measure.matmul_tflops(self.device)}
 
+    @cached_property
+    def machine(self) -> dict[str, str]:
+        return machine(self.device)
+
     def result(self) -> Result:
-        return Result(machine(self.device), self.limits if "limits" in vars(self) else {}, self.gates, self.rows)
+        return Result(self.machine, self.limits if "limits" in vars(self) else {}, self.gates, self.rows)
 
     # --- gate ---------------------------------------------------------------------------------------------------------------------------
 
@@ -109,7 +113,7 @@ class Run:
             call = make(partial(fn, **bench.options(*sizes)), args)
             mib = measure.peak_mib(call, self.device)
             timed = measure.device_us(call, self.device, renew=renew, must_capture=ours, replays=replays)
-            return replace(row, mib=mib, us=timed.us, by_events=timed.by_events)
+            return replace(row, mib=mib, us=timed.us, alone_us=timed.alone, by_events=timed.by_events)
         except torch.OutOfMemoryError:
             return replace(row, note="out of memory")
         except Exception as failed:
