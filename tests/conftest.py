@@ -97,6 +97,14 @@ def uninitialised_memory_is_nan() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def memory_is_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After a test at a real size, so that another process may have what PyTorch would keep for this one."""
+    yield
+    if GPU and any(request.node.get_closest_marker(mark) for mark in ("gpu", "large")):
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
 def seeded() -> None:
     """The same random numbers in every run."""
     torch.manual_seed(0)
