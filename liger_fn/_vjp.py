@@ -43,6 +43,7 @@ _PLAIN = (Tensor, nn.Parameter)
 _VMAP_MODE = torch._C._dispatch_key_parse("VmapMode")
 # Names of their own: what every call looks up through two modules, backward's thread has to fetch from forward's core.
 _is_compiling, _transforming = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active
+_outside = torch._C._functorch.unwrap_if_dead  # a tensor that left the transform it was made in is still wrapped
 _modes, _active, _grad_enabled = torch._C._len_torch_dispatch_stack, torch._C._dispatch_tls_is_dispatch_key_included, torch.is_grad_enabled
 
 
@@ -84,7 +85,7 @@ class Op(Generic[P, R]):
         self.saved = sum(map(is_tensor, self.fields.values()))
         self._donate = list(self.hints).index("donate") if "donate" in self.hints else None
         self.aux_flag = list(self.hints).index("return_aux") if aux is not None else None
-        self._lean = _lean(self)  # `apply`, without a look for functorch's transforms: `composes` has looked
+        self._lean = _lean(self)  # `apply`, without its look for functorch's transforms and wrappers: `__call__` has looked
         self.composable = Composable(self)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -94,13 +95,15 @@ class Op(Generic[P, R]):
             raise NotImplementedError(
                 f"{self.name}: has no forward-mode derivative; call liger_fn.{self.name}.reference, which is plain PyTorch"
             )
-        graded = _grad_enabled() and self._differentiated(flat)
-        if self.composes(flat[: self.tensors]):
+        graded, tensors = _grad_enabled() and self._differentiated(flat), flat[: self.tensors]
+        if self.composes(tensors):
             out = self.composable.call(backend, graded, *self._kept(flat))
-        elif graded:
-            out = self._lean(backend, flat[self.tensors :], *flat[: self.tensors])
         else:
-            out = self.with_aux(flat, *self.run_fwd(backend, flat, (False,) * self.diff))
+            tensors = tuple([t if t is None else _outside(t) for t in tensors])
+            if graded:
+                out = self._lean(backend, flat[self.tensors :], *tensors)
+            else:
+                out = self.with_aux(flat, *self.run_fwd(backend, tensors + flat[self.tensors :], (False,) * self.diff))
         return cast(R, out if self._aux is None else self._finished(flat, out))
 
     def fwd(self, *args: P.args, **kwargs: P.kwargs) -> tuple[R, Any]:

@@ -43,8 +43,8 @@ def _reference(gate_up: Tensor, act: str, gate_multiplier: float, up_multiplier:
 
 
 def _halves(t: Tensor) -> tuple[Tensor, Tensor]:
-    h = t.shape[-1] // 2
-    return t[..., :h], t[..., h:]
+    gate, up = t.chunk(2, -1)
+    return gate, up
 
 
 def _plain_fwd(

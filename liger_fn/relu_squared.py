@@ -55,7 +55,7 @@ def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None]
 def _fwd(x: Tensor, donate: bool, needs: Needs) -> tuple[Tensor, Residuals]:
     (y,) = _outputs(x, donate, needs)
     (rows,) = rows_of(x)
-    kernel_forward(rows, None, y.view(rows.shape), _HOW)
+    kernel_forward(rows, None, y if rows is x else y.view(rows.shape), _HOW)
     return y, Residuals(x, donate)
 
 
@@ -66,7 +66,7 @@ def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor
     over = donate and res.donate and reusable(res.x, rows, (d,))
     dx = res.x.detach() if over else _gradients(res, dy, needs)[0]
     assert dx is not None  # it is wanted
-    kernel_backward(d, rows, None, rows if over else dx.view(rows.shape), None, _HOW)
+    kernel_backward(d, rows, None, rows if over else dx if rows is res.x else dx.view(rows.shape), None, _HOW)
     if over:
         overwritten([res.x])
     return (dx,)

@@ -43,6 +43,21 @@ class Composes:
         assert_same_bits(ys, values, "value of func.vjp")
         assert_same_bits(pull(s.cots), grads, "func.vjp")
 
+    def test_tensors_that_left_their_transform(self, backend: str, device: torch.device) -> None:
+        """As PyTorch's own functions take them: as constants."""
+        s, left = self.sample(device), []
+
+        def leak(*tensors: Tensor) -> Tensor:
+            left.extend(t.clone() for t in tensors)
+            return sum((t.sum() for t in tensors), torch.zeros((), device=device))
+
+        grad(leak, argnums=tuple(range(len(s.wrt))))(*s.tensors)
+        values, grads = s.ours()
+        assert_same_bits([y.detach() for y in s.f()(*left)], values, "value of tensors from func.grad")
+        leaf = s.tensors[0].detach().requires_grad_()
+        ys = s.f()(leaf, *left[1:])
+        assert_same_bits(torch.autograd.grad(ys, [leaf], s.cots), grads[:1], "gradient beside tensors from func.grad")
+
     def test_vmap(self, backend: str, device: torch.device) -> None:
         """Every tensor batched, then only the first; the batch axis first, then last."""
         many = [self.sample(device, seed=i) for i in range(3)]
