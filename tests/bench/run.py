@@ -134,7 +134,7 @@ class Run:
 
     # --- host ---------------------------------------------------------------------------------------------------------------------------
 
-    def host(self, bench: Bench, pairs: int = 40, turns: int = 25) -> list[Row]:
+    def host(self, bench: Bench, pairs: int = 60, turns: int = 25) -> list[Row]:
         """What a call and its backward cost the host, on a tensor so small that the device never falls behind."""
         self.gate(bench)
         if self.device.type != "cuda":
