@@ -1,11 +1,18 @@
 """exp, expm1, log1p and tanh to the last digit, for kernels: the hardware's are off by several roundings, which fp32 results would show.
 
-`EXACT` is for values that are not rounded to half precision afterwards; without it, exp and division are the hardware's.
+Beside them, a product and a division as exact as the rest. `EXACT` is for values that are not rounded to half precision afterwards; without
+it, exp and division are the hardware's.
 """
 
 from __future__ import annotations
 
 from ._launch import jit, tl
+
+
+@jit
+def rounded(a, b):
+    """a b, rounded once: no compiler makes it one with what follows, so that equals cancel."""
+    return tl.fma(a, b, 0.0)
 
 
 @jit

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ._elementary import rounded
 from ._launch import cdiv, has_fp64, jit, launch, next_power_of_2, processors, tl, warps
 from ._reduce import sum_rows
 
@@ -45,12 +46,6 @@ def tile(channels: int, s: int) -> Tile:
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------------------------
-
-
-@jit
-def rounded(a, b):
-    """a b, rounded once: no compiler makes it one with what follows, so that equals cancel."""
-    return tl.fma(a, b, tl.zeros_like(a))
 
 
 @jit

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import _launch
+from ._elementary import rounded
 from ._launch import cdiv, jit, launch, next_power_of_2, processors, tl
 from ._norm_rows import wide_bwd
 from ._reduce import partial, sum_rows
@@ -92,7 +93,7 @@ def _bwd_kernel(
             if w_ptr is not None:
                 if AGAIN:
                     w = tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32) + offset
-                g = tl.fma(d, w, 0.0)  # rounded once, here: in a row of one element g − c₁ is exactly 0
+                g = rounded(d, w)  # in a row of one element, g − c₁ is exactly 0
             c1 = 0.0
             if m_ptr is not None:
                 c1 = tl.div_rn(tl.sum(g, 1), H * 1.0)[:, None]
@@ -102,7 +103,7 @@ def _bwd_kernel(
                 d = tl.load(dy_ptr + dy_at, mask=keep, other=0.0, eviction_policy="evict_first").to(tl.float32)
                 g = d
                 if w_ptr is not None:
-                    g = tl.fma(d, tl.load(w_ptr + col, mask=col < H, other=0.0, eviction_policy="evict_last").to(tl.float32) + offset, 0.0)
+                    g = rounded(d, tl.load(w_ptr + col, mask=col < H, other=0.0, eviction_policy="evict_last").to(tl.float32) + offset)
             dx = r * (g - c1 - xr * c2)
             if ds_ptr is not None:
                 dx += tl.load(ds_ptr + row * ds_stride + col, mask=keep, other=0.0).to(tl.float32)

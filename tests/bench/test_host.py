@@ -29,6 +29,7 @@ def test_host_cost_is_a_fraction_of_a_peers(run: Run, bar: Bar) -> None:
     key = bar.op, bar.shape, HOST, bar.provider
     if key not in {r.key for r in run.rows}:
         run.host(bench)
-    (ratio,) = (r.ours_over_this for r in run.rows if r.key == key)
+    ((ratio, note),) = ((r.ours_over_this, r.note) for r in run.rows if r.key == key)
+    assert ratio is not None, note
     print(f"\n{bar.op}, host cost over {bar.provider}'s, median of pairs of turns: {ratio:.2f}")
     assert ratio <= bar.most or bar.op not in HELD
