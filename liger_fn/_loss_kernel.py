@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _launch
 from ._elementary import exp, expm1, log1p, over, tanh
-from ._launch import as_rows, jit, launch, next_power_of_2, registers, tl, warps
+from ._launch import as_rows, cdiv, jit, launch, next_power_of_2, registers, tl, warps
 from ._loss_rows import PLAIN, Terms
 
 
@@ -43,12 +43,19 @@ def _weights(w_ptr, at, V):
 
 
 @jit
+def _lanes(a, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """A block as [lanes, WIDTH]."""
+    return tl.reshape(a, (BLOCK // WIDTH, WIDTH))
+
+
+@jit
 def _rows_kernel(
     logits_ptr, target_ptr, stats_ptr, loss_ptr, aux_ptr, grad_ptr, scale_ptr, divisor_ptr, w_ptr, whole_ptr,
     stride, target_stride, grad_stride, scale_stride, V, ignore_index, smoothing, z, cap,
-    SMOOTH: tl.constexpr, CAP: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr
+    SMOOTH: tl.constexpr, CAP: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row = (tl.program_id(0) // PARTS).to(tl.int64)
+    part = tl.program_id(0) % PARTS
     y = tl.load(target_ptr + row * target_stride).to(tl.int64)
     counted = y != ignore_index
     legal = (y >= 0) & (y < V)
@@ -84,46 +91,54 @@ def _rows_kernel(
         log_p = 0.0
         entropy = 0.0
         if counted:
+            # Every WIDTH columns have statistics of their own until the end: a thread's, so that no warp waits for another.
             a = tl.load(a_at + col, mask=col < V, other=none).to(tl.float32)
             if CAP:
                 a = tl.where(col < V, _capped(a, cap, CAP, EXACT), none)
-            top = tl.max(a, 0)
-            e = exp(a - tl.where(top == none, 0.0, top), EXACT)
-            others = tl.sum(tl.where(col == place, 0.0, e), 0)
-            spread = 0.0
             if SMOOTH:
-                spread = tl.sum(tl.where(col < V, _weights(w_ptr, col, V) * (a - a_y), 0.0), 0)
-            total = tl.sum(e, 0)
-            tilt = 0.0  # Σ exp(a − m) (a − m)
+                spreads = tl.sum(_lanes(tl.where(col < V, _weights(w_ptr, col, V) * (a - a_y), 0.0), BLOCK, WIDTH), 1)
+            a = _lanes(a, BLOCK, WIDTH)
+            tops = tl.max(a, 1)
+            shift = tl.where(tops == none, 0.0, tops)
+            e = exp(a - shift[:, None], EXACT)
+            rests = tl.sum(tl.where(_lanes(col, BLOCK, WIDTH) == place, 0.0, e), 1)
             if aux_ptr is not None:
-                tilt = tl.sum(tl.where(e > 0.0, e * (a - top), 0.0), 0)
+                totals = tl.sum(e, 1)
+                tilts = tl.sum(tl.where(e > 0.0, e * (a - shift[:, None]), 0.0), 1)  # Σ exp(a − m) (a − m)
             for i in range(1, blocks):
                 at = home + i
                 at = tl.where(at < blocks, at, at - blocks) * BLOCK + block
                 a = tl.load(a_at + at, mask=at < V, other=none).to(tl.float32)
                 if CAP:
                     a = tl.where(at < V, _capped(a, cap, CAP, EXACT), none)
-                new = tl.maximum(top, tl.max(a, 0))
-                shift = tl.where(new == none, 0.0, new)
-                e = exp(a - shift, EXACT)
-                more = tl.sum(e, 0)
-                fade = exp(top - shift, EXACT)
-                others = others * fade + more
-                if aux_ptr is not None:
-                    sunk = tl.where(top == none, 0.0, top - shift)
-                    tilt = (tilt + sunk * total) * fade + tl.sum(tl.where(e > 0.0, e * (a - shift), 0.0), 0)
-                    total = total * fade + more
-                top = new
                 if SMOOTH:
-                    spread += tl.sum(tl.where(at < V, _weights(w_ptr, at, V) * (a - a_y), 0.0), 0)
+                    spreads += tl.sum(_lanes(tl.where(at < V, _weights(w_ptr, at, V) * (a - a_y), 0.0), BLOCK, WIDTH), 1)
+                a = _lanes(a, BLOCK, WIDTH)
+                new = tl.maximum(tops, tl.max(a, 1))
+                shift = tl.where(new == none, 0.0, new)
+                e = exp(a - shift[:, None], EXACT)
+                more = tl.sum(e, 1)
+                fade = exp(tops - shift, EXACT)
+                rests = rests * fade + more
+                if aux_ptr is not None:
+                    sunk = tl.where(tops == none, 0.0, tops - shift)
+                    tilts = (tilts + sunk * totals) * fade + tl.sum(tl.where(e > 0.0, e * (a - shift[:, None]), 0.0), 1)
+                    totals = totals * fade + more
+                tops = new
+            top = tl.max(tops, 0)
+            shift = tl.where(top == none, 0.0, top)
+            fade = exp(tops - shift, EXACT)
+            others = tl.sum(rests * fade, 0)
             rest = tl.where(a_y == top, log1p(others), tl.log(others + exp(a_y - top, EXACT)))
             nll = rest - (a_y - top)
             loss = mine * nll
             if SMOOTH:
-                loss += whole * nll - share * spread
+                loss += whole * nll - share * tl.sum(spreads, 0)
             loss += z * (top + rest) * (top + rest)
             log_p = -nll
-            entropy = rest - tilt / total
+            if aux_ptr is not None:
+                sunk = tl.where(tops == none, 0.0, tops - shift)
+                entropy = rest - tl.sum((tilts + sunk * totals) * fade, 0) / tl.sum(totals * fade, 0)
         tl.store(stats_ptr + 2 * row, top)
         tl.store(stats_ptr + 2 * row + 1, rest)
         tl.store(loss_ptr + row, loss)
@@ -149,7 +164,7 @@ def _rows_kernel(
         mass = mine + whole
         factor = (mass + pull) * scale
         tl.debug_barrier()  # every read of the target's logit is done
-        for i in range(1, blocks):
+        for i in range(tl.where(part == 0, PARTS, part), blocks, PARTS):
             at = home - i
             at = tl.where(at < 0, at + blocks, at) * BLOCK + block
             if counted:
@@ -162,34 +177,40 @@ def _rows_kernel(
             else:
                 g = tl.zeros((BLOCK,), tl.float32)
             tl.store(g_at + at, g.to(grad_ptr.dtype.element_ty), mask=at < V, cache_modifier=".cs")
-        if counted:
-            a = tl.load(a_at + col, mask=col < V, other=0.0, eviction_policy="evict_first").to(tl.float32)
-            g = exp(_capped(a, cap, CAP, EXACT) - top - rest, EXACT) * factor
-            if SMOOTH:
-                g -= share * scale * _weights(w_ptr, col, V)
-            if CAP:
-                g *= _slope(a, cap, EXACT)
-            x = a_y - top - rest
-            g_y = expm1(x, EXACT) * mass + exp(x, EXACT) * pull + whole - share * w_y
-            g = tl.where(col == place, g_y * slope_y * scale, g)
-        else:
-            g = tl.zeros((BLOCK,), tl.float32)
-        tl.store(g_at + col, g.to(grad_ptr.dtype.element_ty), mask=col < V, cache_modifier=".cs")
+        if part == 0:
+            if counted:
+                a = tl.load(a_at + col, mask=col < V, other=0.0, eviction_policy="evict_first").to(tl.float32)
+                g = exp(_capped(a, cap, CAP, EXACT) - top - rest, EXACT) * factor
+                if SMOOTH:
+                    g -= share * scale * _weights(w_ptr, col, V)
+                if CAP:
+                    g *= _slope(a, cap, EXACT)
+                x = a_y - top - rest
+                g_y = expm1(x, EXACT) * mass + exp(x, EXACT) * pull + whole - share * w_y
+                g = tl.where(col == place, g_y * slope_y * scale, g)
+            else:
+                g = tl.zeros((BLOCK,), tl.float32)
+            tl.store(g_at + col, g.to(grad_ptr.dtype.element_ty), mask=col < V, cache_modifier=".cs")
 
 
 @cache
-def _options(v: int, size: int, writes: bool, most: int, nvidia: bool) -> dict[str, int]:
-    """For rows of `v` logits of `size` bytes: columns at a time, warps, registers. Chosen on an H100.
+def _options(v: int, size: int, reads: bool, writes: bool, most: int, nvidia: bool) -> dict[str, int]:
+    """For rows of `v` logits of `size` bytes, by whether the loss is read from them, and the gradient written. Chosen on an H100.
 
-    A loss and its gradient in one launch need two programs on a multiprocessor at once, for 16-bit logits 32 registers a thread, and rows
-    of theirs that L2 still holds at the second reading.
+    Statistics are of as many columns as a thread loads at once. A gradient alone is cut in parts of two blocks, so that the last rows do not
+    leave the GPU half empty. With both in one launch, L2 must still hold a row at its second reading: of long rows few are in flight.
     """
-    per_warp, columns, limit = 1024, 8192, None
+    columns = 8192
     if writes:
-        per_warp, columns = 512, 16384 if v > 65536 or v <= 16384 else 8192
-        limit = 32 if size == 2 and v > columns else None
+        columns = 16384 if size > 2 or v <= 16384 or not reads else 32768 if v > 65536 else 8192
     block = min(next_power_of_2(v), columns)
-    return {"BLOCK": block, "num_warps": warps(block, per_warp, least=4), **registers(limit)}
+    return {
+        "BLOCK": block,
+        "WIDTH": min(block, 16 // size),
+        "PARTS": 1 if reads else max(1, cdiv(v, block) // 2),
+        "num_warps": warps(block, 512, least=4),
+        **registers(32 if writes and size == 2 and columns < min(v, 32768) else None),
+    }
 
 
 def kernel_rows(
@@ -210,10 +231,10 @@ def kernel_rows(
     n, v = logits.shape
     weight, smoothing, z, cap = terms
     whole = weight.sum(dtype=torch.float32) if weight is not None and smoothing else None
+    options = _options(v, logits.element_size(), loss is not None, grad is not None, _launch.MAX_WARPS, _launch.NVIDIA)
     launch(
-        _rows_kernel, (n,), logits.device,
+        _rows_kernel, (n * options["PARTS"],), logits.device,
         logits, target, stats, loss, aux, grad, scale, divisor, weight, whole, logits.stride(0), target.stride(0),
         0 if grad is None else grad.stride(0), 0 if scale is None or scale.numel() == 1 else scale.stride(0), v, ignore_index,
-        smoothing, z, cap, SMOOTH=smoothing != 0.0, CAP=cap != 0.0, EXACT=logits.dtype is torch.float32,
-        **_options(v, logits.element_size(), grad is not None, _launch.MAX_WARPS, _launch.NVIDIA),
+        smoothing, z, cap, SMOOTH=smoothing != 0.0, CAP=cap != 0.0, EXACT=logits.dtype is torch.float32, **options,
     )  # fmt: skip

@@ -51,11 +51,11 @@ def _tile(h: int, size: int, nvidia: bool) -> Tile:
 
 
 @jit
-def _row(x_ptr, add_ptr, at, add_at, keep, POLICY: tl.constexpr):
+def _row(x_ptr, add_ptr, at, add_at, keep):
     """Rows of x, or of the sum of two tensors, rounded as forward rounded it."""
-    x = tl.load(x_ptr + at, mask=keep, other=0.0, eviction_policy=POLICY)
+    x = tl.load(x_ptr + at, mask=keep, other=0.0, eviction_policy="evict_first")
     if add_ptr is not None:
-        x = x.to(tl.float32) + tl.load(add_ptr + add_at, mask=keep, other=0.0, eviction_policy=POLICY).to(tl.float32)
+        x = x.to(tl.float32) + tl.load(add_ptr + add_at, mask=keep, other=0.0, eviction_policy="evict_first").to(tl.float32)
         x = x.to(x_ptr.dtype.element_ty)
     return x
 
@@ -80,8 +80,8 @@ def _bwd_kernel(
         keep = (row < N) & (col < H)
         at, add_at, dy_at = row * stride + col, row * add_stride + col, row * dy_stride + col
         if dx_ptr is not None or dw_ptr is not None:
-            x = _row(x_ptr, add_ptr, at, add_at, keep, "")
-        d = tl.load(dy_ptr + dy_at, mask=keep, other=0.0).to(tl.float32)
+            x = _row(x_ptr, add_ptr, at, add_at, keep)
+        d = tl.load(dy_ptr + dy_at, mask=keep, other=0.0, eviction_policy="evict_first").to(tl.float32)
         r = tl.load(r_ptr + row, mask=row < N, other=0.0)
         m = 0.0
         if m_ptr is not None:
@@ -99,7 +99,7 @@ def _bwd_kernel(
                 c1 = tl.div_rn(tl.sum(g, 1), H * 1.0)[:, None]
             c2 = tl.div_rn(tl.sum(g * xr, 1), H * 1.0)[:, None]
             if AGAIN:
-                xr = (_row(x_ptr, add_ptr, at, add_at, keep, "evict_first").to(tl.float32) - m) * r
+                xr = (_row(x_ptr, add_ptr, at, add_at, keep).to(tl.float32) - m) * r
                 d = tl.load(dy_ptr + dy_at, mask=keep, other=0.0, eviction_policy="evict_first").to(tl.float32)
                 g = d
                 if w_ptr is not None:
@@ -108,7 +108,7 @@ def _bwd_kernel(
             if ds_ptr is not None:
                 dx += tl.load(ds_ptr + row * ds_stride + col, mask=keep, other=0.0).to(tl.float32)
             dx = dx.to(dx_ptr.dtype.element_ty)
-            tl.store(dx_ptr + row * H + col, dx, mask=keep)
+            tl.store(dx_ptr + row * H + col, dx, mask=keep, cache_modifier=".cs")
             if again_ptr is not None:
                 tl.store(again_ptr + row * H + col, dx, mask=keep)
         if dw_ptr is not None:

@@ -24,7 +24,6 @@ from ._reduce import partial, sum_rows
 
 RESIDENT = 65536  # columns one program can hold in forward
 WIDEST = 2**31 - 2**16  # columns that a 32-bit number counts, and a block beyond them
-PER_WARP = 1024  # elements a warp holds: 32 a thread (H100)
 BLOCK, WARPS = 16384, 16  # of a wide row: columns at a time, and the warps for them
 ROWS, COLUMNS = 16, 128  # of a sum over wide rows: what a program adds at a time
 
@@ -46,7 +45,7 @@ def tile(h: int) -> Tile:
 def _tile(h: int, most: int) -> Tile:
     columns = next_power_of_2(h)
     rows = max(1, 2048 // columns)
-    return Tile(rows, columns, min(most, warps(rows * columns, PER_WARP)))
+    return Tile(rows, columns, min(most, warps(rows * columns, 512 if columns <= 8192 else 1024)))
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------------------------

@@ -81,10 +81,10 @@ def _fwd_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)[None, :]
     keep = (row < N)[:, None] & (col < H)
-    x = tl.load(x_ptr + row[:, None] * x_stride + col, mask=keep, other=0.0).to(tl.float32)
-    x += tl.load(res_ptr + row[:, None] * res_stride + col, mask=keep, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row[:, None] * x_stride + col, mask=keep, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    x += tl.load(res_ptr + row[:, None] * res_stride + col, mask=keep, other=0.0, eviction_policy="evict_first").to(tl.float32)
     s = x.to(s_ptr.dtype.element_ty)
-    tl.store(s_ptr + row[:, None] * H + col, s, mask=keep)
+    tl.store(s_ptr + row[:, None] * H + col, s, mask=keep, cache_modifier=".cs")
     s = s.to(tl.float32)
     r = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(s * s, 1), H * 1.0) + eps))
     y = s * r[:, None]
@@ -92,7 +92,7 @@ def _fwd_kernel(
         y = y.to(s_ptr.dtype.element_ty).to(tl.float32)
     if w_ptr is not None:
         y *= tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32) + offset
-    tl.store(y_ptr + row[:, None] * H + col, y.to(y_ptr.dtype.element_ty), mask=keep)
+    tl.store(y_ptr + row[:, None] * H + col, y.to(y_ptr.dtype.element_ty), mask=keep, cache_modifier=".cs")
     tl.store(r_ptr + row, r, mask=row < N)
 
 

@@ -71,7 +71,7 @@ def _fwd_kernel(x_ptr, w_ptr, b_ptr, y_ptr, m_ptr, r_ptr, stride, N, H, eps, ROW
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)[None, :]
     keep = (row < N)[:, None] & (col < H)
-    x = tl.load(x_ptr + row[:, None] * stride + col, mask=keep, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row[:, None] * stride + col, mask=keep, other=0.0, eviction_policy="evict_first").to(tl.float32)
     m = tl.div_rn(tl.sum(x, 1), H * 1.0)
     d = tl.where(keep, x - m[:, None], 0.0)
     gap = tl.div_rn(tl.sum(d, 1), H * 1.0)  # what the first sum rounded off: so small that the squares about it may be taken about m
@@ -82,7 +82,7 @@ def _fwd_kernel(x_ptr, w_ptr, b_ptr, y_ptr, m_ptr, r_ptr, stride, N, H, eps, ROW
         y *= tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32)
     if b_ptr is not None:
         y += tl.load(b_ptr + col, mask=col < H, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row[:, None] * H + col, y.to(y_ptr.dtype.element_ty), mask=keep)
+    tl.store(y_ptr + row[:, None] * H + col, y.to(y_ptr.dtype.element_ty), mask=keep, cache_modifier=".cs")
     tl.store(m_ptr + row, m, mask=row < N)
     tl.store(r_ptr + row, r, mask=row < N)
 

@@ -78,7 +78,7 @@ def _fwd_kernel(x_ptr, w_ptr, y_ptr, r_ptr, stride, N, H, eps, offset, LLAMA: tl
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)[None, :]
     keep = (row < N)[:, None] & (col < H)
-    x = tl.load(x_ptr + row[:, None] * stride + col, mask=keep, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row[:, None] * stride + col, mask=keep, other=0.0, eviction_policy="evict_first").to(tl.float32)
     # correctly rounded: where a row is nearly parallel to its gradient, dx is a difference that keeps only r's last bits
     r = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(x * x, 1), H * 1.0) + eps))
     y = x * r[:, None]
@@ -86,7 +86,7 @@ def _fwd_kernel(x_ptr, w_ptr, y_ptr, r_ptr, stride, N, H, eps, offset, LLAMA: tl
         y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
     if w_ptr is not None:
         y *= tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32) + offset
-    tl.store(y_ptr + row[:, None] * H + col, y.to(y_ptr.dtype.element_ty), mask=keep)
+    tl.store(y_ptr + row[:, None] * H + col, y.to(y_ptr.dtype.element_ty), mask=keep, cache_modifier=".cs")
     tl.store(r_ptr + row, r, mask=row < N)
 
 
