@@ -67,7 +67,7 @@ def _complete(result: Result) -> None:
         drawn = {(r.shape, r.provider, r.size) for r in result.rows if (r.op, r.mode) == (sweep.op, SWEEP)}
         assert drawn >= {(sweep.bench.shape(sizes), OURS, sizes[sweep.at]) for sizes in sweep.tiny}
         assert len({provider for _, provider, _ in drawn}) == 2
-    assert result.limits.keys() == {"copy_gbs", "matmul_tflops"}
+    assert result.limits.keys() == {"copy_gbs", "small_copy_gbs", "matmul_tflops"}
     assert all(r.us is not None and r.us > 0 for r in result.rows)
     assert all(r.floor_us and r.over_floor and (r.gbs if r.bytes else r.tflops) for r in result.rows if r.mode != HOST)
     assert all(r.ours_over_this for r in result.rows if r.mode == HOST and r.provider != OURS)

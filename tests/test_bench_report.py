@@ -24,7 +24,7 @@ MACHINE = {"device": "Some GPU (80 GB)", "torch": "2.0.0+cu1", "date": "2000-01-
 def test_a_second_run_adds_to_the_file_of_the_first(tmp_path: Path) -> None:
     """On the same machine, day and sources; other sources get a file of their own, and nothing is lost."""
     first = Result(
-        MACHINE, {"copy_gbs": 1.0, "matmul_tflops": 2.0}, {"f": GREEN}, [Row("f", "s", BOTH, OURS, 1.0), Row("f", "s", BOTH, EAGER, 5.0)]
+        MACHINE, {"copy_gbs": 1.0, "small_copy_gbs": 0.9, "matmul_tflops": 2.0}, {"f": GREEN}, [Row("f", "s", BOTH, OURS, 1.0), Row("f", "s", BOTH, EAGER, 5.0)]
     )
     second = Result(MACHINE, {}, {"f": GREEN, "g": GREEN}, [Row("f", "s", BOTH, OURS, 2.0), Row("g", "s", HOST, OURS, 3.0)])
     path = results.save(first, tmp_path)
@@ -32,7 +32,7 @@ def test_a_second_run_adds_to_the_file_of_the_first(tmp_path: Path) -> None:
     assert results.save(second, tmp_path) == path
     both = results.load(path)
     assert [(r.op, r.provider, r.us) for r in both.rows] == [("f", OURS, 2.0), ("f", EAGER, 5.0), ("g", OURS, 3.0)]
-    assert both.limits == {"copy_gbs": 1.0, "matmul_tflops": 2.0}
+    assert both.limits == {"copy_gbs": 1.0, "small_copy_gbs": 0.9, "matmul_tflops": 2.0}
     other = results.save(replace(second, machine=MACHINE | {"sources": "b"}), tmp_path)
     assert other.name == "some-gpu-80-gb-2.0.0-2000-01-02-2.json"
     assert results.load(path) == both
@@ -45,7 +45,7 @@ def test_the_page_says_where_a_peer_is_better() -> None:
         return [Row("f", shape, BOTH, p, us, bytes=10**6, floor_us=4.0, mib=mib) for p, (us, mib) in each.items()]
 
     found = Result(
-        MACHINE, {"copy_gbs": 3000.0, "matmul_tflops": 700.0}, {"f": GREEN},
+        MACHINE, {"copy_gbs": 3000.0, "small_copy_gbs": 2800.0, "matmul_tflops": 700.0}, {"f": GREEN},
         [
             *rows("won", (10.0, 100.0), {DONATE: (5.0, 50.0), EAGER: (20.0, 100.0), COMPILE: (30.0, 200.0)}),
             *rows("lost", (10.0, 100.0), {EAGER: (9.0, 80.0), NATIVE: (8.0, 90.0)}),
@@ -59,19 +59,19 @@ def test_the_page_says_where_a_peer_is_better() -> None:
     assert "In 1 of 2 comparisons" in less
     assert "| `f` | lost | forward + backward | eager | 80.0 | 100 | × 1.25 |" in less
     assert "won" not in faster + less.split("### `f`")[0]
-    assert "| won | forward + backward | liger_fn donate | **5.0** | – | 1 | 200 GB/s | 1.25 | 50 |" in text
-    assert "| lost | forward + backward | liger_fn | 10.0 | – | 1 |" in text
-    assert "| alone | forward + backward | eager | – | – | 1 | – | – | – |" in text
-    assert "A copy reaches 3,000 GB/s, a matrix product of bf16 700 TFLOP/s." in text
+    assert "| won | forward + backward | liger_fn donate | **5.0** | 1 | 200 GB/s | 1.25 | 50 |" in text
+    assert "| lost | forward + backward | liger_fn | 10.0 | 1 |" in text
+    assert "| alone | forward + backward | eager | – | 1 | – | – | – |" in text
+    assert "A copy reaches 3,000 GB/s (of 64 MiB 2,800 GB/s, 1.07 × its floor), a matrix product of bf16 700 TFLOP/s." in text
 
 
 def test_the_page_shows_every_bar_met_or_not() -> None:
     shape = "8192x14336"
     rows = [
-        Row("swiglu", shape, BOTH, OURS, 99.0, alone_us=104.0, bytes=10, floor_us=100.0, mib=672.0),
+        Row("swiglu", shape, BOTH, OURS, 104.0, bytes=10, floor_us=100.0, mib=672.0),
         Row("swiglu", shape, BOTH, DONATE, 90.0, bytes=10, floor_us=100.0, mib=225.3),
         Row("swiglu", bench_of("swiglu").shape(bench_of("swiglu").tiny), HOST, LIGER, 9.0, ours_over_this=0.5),
-        Row("geglu", shape, BOTH, OURS, 120.0, alone_us=103.0, bytes=10, floor_us=100.0),
+        Row("geglu", shape, BOTH, OURS, 103.0, bytes=10, floor_us=100.0),
     ]
     text = report.page({"stem": Result(MACHINE, {}, {"swiglu": GREEN, "geglu": GREEN}, rows)})
     section = text.split("### The bars\n")[1].split("\n### ")[0]

@@ -1,7 +1,6 @@
 """The bars that the figures are held to, as data: what a run shows beside its figures, met or not. No test fails over device time.
 
-A bar is of one function, shape and pass; it bounds a quantity of the row of one provider. Bars of device time are of calls alone: see
-`measure.Timed`.
+A bar is of one function, shape and pass; it bounds a quantity of the row of one provider.
 """
 
 from __future__ import annotations
@@ -40,25 +39,25 @@ class Verdict(NamedTuple):
         return None if self.found is None else self.found <= self.bar.most
 
 
-UNITS = {"alone_over_floor": "÷ floor", "alone_us": "µs", "mib": "MiB", "ours_over_this": "liger_fn ÷ this, host"}
+UNITS = {"over_floor": "÷ floor", "us": "µs", "mib": "MiB", "ours_over_this": "liger_fn ÷ this, host"}
 _NORMS = ("8192x4096", "16384x2048", "4096x8192", "2048x16384")
 _GLUS = ("swiglu", "geglu")
 
 DEVICE = (
-    *(Bar("rms_norm", shape, FORWARD, OURS, "alone_over_floor", 1.08) for shape in _NORMS),
-    *(Bar("rms_norm", shape, BOTH, OURS, "alone_over_floor", 1.14) for shape in _NORMS),
-    Bar("rms_norm", "65536x128", BOTH, OURS, "alone_us", 40.0),
-    *(Bar(op, "8192x4096", BOTH, OURS, "alone_over_floor", 1.15) for op in ("add_rms_norm", "layer_norm", "softmax")),
-    Bar("rope", "4x4096 q32 k8 d128", BOTH, OURS, "alone_over_floor", 1.08),
-    *(Bar(op, "8192x14336", BOTH, OURS, "alone_over_floor", 1.03) for op in _GLUS),
+    *(Bar("rms_norm", shape, FORWARD, OURS, "over_floor", 1.08) for shape in _NORMS),
+    *(Bar("rms_norm", shape, BOTH, OURS, "over_floor", 1.14) for shape in _NORMS),
+    Bar("rms_norm", "65536x128", BOTH, OURS, "us", 40.0),
+    *(Bar(op, "8192x4096", BOTH, OURS, "over_floor", 1.15) for op in ("add_rms_norm", "layer_norm", "softmax")),
+    Bar("rope", "4x4096 q32 k8 d128", BOTH, OURS, "over_floor", 1.08),
+    *(Bar(op, "8192x14336", BOTH, OURS, "over_floor", 1.03) for op in _GLUS),
     *(Bar(op, "8192x14336", BOTH, OURS, "mib", 672.0 + STATISTICS) for op in _GLUS),  # the output and both gradients
     *(Bar(op, "8192x14336", BOTH, DONATE, "mib", 224.0 + STATISTICS) for op in _GLUS),  # the output
-    Bar("cross_entropy", "8192x128256", BOTH, OURS, "alone_over_floor", 1.03),
-    Bar("cross_entropy", "8192x128256", BOTH, OURS, "alone_us", 2160.0),
+    Bar("cross_entropy", "8192x128256", BOTH, OURS, "over_floor", 1.03),
+    Bar("cross_entropy", "8192x128256", BOTH, OURS, "us", 2160.0),
     Bar("cross_entropy", "8192x128256", BOTH, OURS, "mib", 2004.0 + STATISTICS),  # one gradient
-    Bar("cross_entropy", "8192x128256", BOTH, DONATE, "alone_us", 1700.0),
+    Bar("cross_entropy", "8192x128256", BOTH, DONATE, "us", 1700.0),
     Bar("cross_entropy", "8192x128256", BOTH, DONATE, "mib", STATISTICS),
-    Bar("cross_entropy", "8192x32000", BOTH, OURS, "alone_us", 550.0),
+    Bar("cross_entropy", "8192x32000", BOTH, OURS, "us", 550.0),
 )
 
 
@@ -85,7 +84,7 @@ def verdicts(rows: Iterable[Row]) -> list[Verdict]:
 def cells(verdict: Verdict) -> tuple[str, ...]:
     """(function, shape, pass, provider, bar, measured, met?) in words."""
     bar, found = verdict
-    digits = 0 if bar.what in ("alone_us", "mib") else 2
+    digits = 0 if bar.what in ("us", "mib") else 2
     most, met = f"{bar.most:,.{digits}f}", {True: "yes", False: "**no**", None: "–"}[verdict.met]
     if found is None:
         return *bar[:4], f"≤ {most} {UNITS[bar.what]}", "not measured", met

@@ -102,15 +102,12 @@ def renewable(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Run]:
 
 
 class Timed(NamedTuple):
-    """Microseconds of device time of one call; whether they lie between events around plain calls, for want of a graph.
-
-    `us` is of calls one after the other, as training makes them: each finds caches full of what the last one wrote, and waits for it to
-    be written back. `alone` is of calls that find an idle device, which has done so: less than the call costs, and how bars are set.
+    """Microseconds of device time of one call, of calls one after the other, as training makes them; whether they lie between events
+    around plain calls, for want of a graph.
     """
 
     us: float
     by_events: bool = False
-    alone: float | None = None
 
 
 class Uncapturable(RuntimeError):
@@ -148,12 +145,11 @@ def device_us(
             renew()
             again()
         times = _times(again, renew, _between(TIMED_MS / once, *replays), by_events=graph is None)
-        alone = [_times(again, renew, 1, by_events=graph is None, idle=True)[0] for _ in range(replays[0])]
     finally:
         del held
         if graph is not None:
             graph.reset()
-    return Timed(median(times) * 1e3, graph is None, median(alone) * 1e3)
+    return Timed(median(times) * 1e3, graph is None)
 
 
 def _nothing() -> None: ...
@@ -227,10 +223,10 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
-def _times(again: Run, renew: Run, n: int, *, by_events: bool, idle: bool = False) -> list[float]:
-    """Milliseconds of `n` calls or replays, the host ahead of the device but for `idle`."""
+def _times(again: Run, renew: Run, n: int, *, by_events: bool) -> list[float]:
+    """Milliseconds of `n` calls or replays, the host ahead of the device."""
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(n)]
-    if not by_events and not idle:
+    if not by_events:
         torch.cuda._sleep(A_REPLAYS_START * n)
     for start, end in events:
         renew()
@@ -262,9 +258,12 @@ def peak_mib(run: Run, device: torch.device) -> float | None:
     return peak / MIB
 
 
-def copy_gbs(device: torch.device) -> float:
+LARGE, SMALL = 2048, 64  # MiB: so much that starting and ending take no share of it; what a norm of 8192 × 4096 reads
+
+
+def copy_gbs(device: torch.device, mib: int = LARGE) -> float:
     """GB/s of reading one array and writing another, read and written bytes both counted: what a memory-bound kernel can reach."""
-    mib = 2048 if device.type == "cuda" else 4
+    mib = mib if device.type == "cuda" else 4
     a = torch.randn(mib * MIB // 4, device=device)
     b = torch.empty_like(a)
     timed = device_us(lambda: torch.neg(a, out=b), device)  # a kernel: in a graph, copy_ becomes the copy engine's

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from . import bars, results
+from .measure import SMALL
 from .peers import DONATE, OURS, PROVIDERS
 from .results import GREEN, Result, Row
 from .table import HOST, MODES, SWEEP, SWEEPS
@@ -29,8 +30,6 @@ How it is measured, in `tests/bench`:
   the device where it can be, and its figure is marked *timed by events*.
 - Replays follow one another, so what the last one left in the GPU's L2 cache (50 MB on an H100) the next may read from there, whoever is
   measured: arrays of that size and below can look faster than the floor, which is that of memory.
-- *alone* is the same where each replay begins on an idle device. By then the device has written back what the last replay left in L2, a
-  part of the work that nobody is charged for: training does not look like that, but the bars were set so, and are compared so.
 - A provider that writes over its inputs is given them anew before each replay, outside of what is timed. *liger_fn donate* is such a one:
   the call with `donate=True`, by which the caller gives its inputs away.
 - *moved* is the least that the function must read and write (weights, targets and statistics not counted), and GB/s or TFLOP/s is that over
@@ -114,10 +113,8 @@ def _function(op: str, rows: Sequence[Row]) -> str:
                 mark += f" ({notes.index(note) + 1})"
             us = f"**{_us(r.us)}**" if r.us is not None and r.us == fastest else _us(r.us)
             moved = _number(r.bytes / 1e6 if r.bytes else None)
-            cells.append(
-                (r.shape, r.mode, r.provider + mark, us, _us(r.alone_us), moved, _rate(r), _number(r.over_floor, 2), _number(r.mib))
-            )
-    head = ("shape", "pass", "provider", "µs", "alone", "moved, MB", "rate", "÷ floor", "peak, MiB")
+            cells.append((r.shape, r.mode, r.provider + mark, us, moved, _rate(r), _number(r.over_floor, 2), _number(r.mib)))
+    head = ("shape", "pass", "provider", "µs", "moved, MB", "rate", "÷ floor", "peak, MiB")
     said = "".join(f"\n({i + 1}) {note}\n" for i, note in enumerate(notes))
     return f"### `{op}`\n\n{_table(head, cells)}{said}"
 
@@ -176,8 +173,11 @@ def _section(stem: str, result: Result) -> str:
         f"## {m['device']}, torch {m['torch']}, {m['date']}\n\n{m['device']}, {versions} ([JSON](../tests/bench/results/{stem}.json)).\n"
     ]
     if result.limits:
-        copy, matmul = result.limits["copy_gbs"], result.limits["matmul_tflops"]
-        parts[0] += f"A copy reaches {copy:,.0f} GB/s, a matrix product of bf16 {matmul:,.0f} TFLOP/s.\n"
+        copy, small, matmul = (result.limits[k] for k in ("copy_gbs", "small_copy_gbs", "matmul_tflops"))
+        parts[0] += (
+            f"A copy reaches {copy:,.0f} GB/s (of {SMALL} MiB {small:,.0f} GB/s, {copy / small:.2f} × its floor), "
+            f"a matrix product of bf16 {matmul:,.0f} TFLOP/s.\n"
+        )
     if m["device"] == "cpu":
         parts.append("Wall clock on a CPU: this proves the harness and says nothing of speed.\n")
     red = [f"- `{op}`: {verdict}\n" for op, verdict in result.gates.items() if verdict != GREEN]

@@ -34,7 +34,6 @@ class Row:
     floor_us: float | None = None
     mib: float | None = None  # at the peak, over the inputs
     ours_over_this: float | None = None  # host: the median ratio of paired turns
-    alone_us: float | None = None  # device time of a call that finds the device idle; `us` is of calls one after the other
     by_events: bool = False  # timed between events around plain calls: it makes the host wait, so that no graph could be replayed
     size: int = 0  # in a sweep: the number along which it goes
     note: str = ""
@@ -52,10 +51,6 @@ class Row:
         return self.us / self.floor_us if self.us and self.floor_us else None
 
     @property
-    def alone_over_floor(self) -> float | None:
-        return self.alone_us / self.floor_us if self.alone_us and self.floor_us else None
-
-    @property
     def key(self) -> tuple[str, str, str, str]:
         return self.op, self.shape, self.mode, self.provider
 
@@ -65,7 +60,7 @@ class Result:
     """One run, or several on the same machine, day and sources."""
 
     machine: dict[str, str]
-    limits: dict[str, float]  # copy_gbs and matmul_tflops, where device time was measured
+    limits: dict[str, float]  # copy_gbs, small_copy_gbs and matmul_tflops, where device time was measured
     gates: dict[str, str]  # for each function "green", or what was wrong
     rows: list[Row] = field(default_factory=list)
 

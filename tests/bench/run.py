@@ -35,7 +35,8 @@ class Run:
 
     @cached_property
     def limits(self) -> dict[str, float]:
-        return {"copy_gbs": measure.copy_gbs(self.device), "matmul_tflops": measure.matmul_tflops(self.device)}
+        copies = {"copy_gbs": measure.copy_gbs(self.device), "small_copy_gbs": measure.copy_gbs(self.device, measure.SMALL)}
+        return copies | {"matmul_tflops": measure.matmul_tflops(self.device)}
 
     @cached_property
     def machine(self) -> dict[str, str]:
@@ -113,7 +114,7 @@ class Run:
             call = make(partial(fn, **bench.options(*sizes)), args)
             mib = measure.peak_mib(call, self.device)
             timed = measure.device_us(call, self.device, renew=renew, must_capture=ours, replays=replays)
-            return replace(row, mib=mib, us=timed.us, alone_us=timed.alone, by_events=timed.by_events)
+            return replace(row, mib=mib, us=timed.us, by_events=timed.by_events)
         except torch.OutOfMemoryError:
             return replace(row, note="out of memory")
         except Exception as failed:
