@@ -113,8 +113,9 @@ def _outputs(
 
 
 def _gradients(res: Residuals, dy: tuple[Tensor, Tensor], needs: Needs) -> tuple[Tensor | None, ...]:
-    ds, weight = dy[1], res.weight
-    dx, dresidual = (ds.new_empty(ds.shape, dtype=res.s.dtype) if n else None for n in needs[:2])
+    ds, dtype, weight = dy[1], res.s.dtype, res.weight
+    dx = dense(ds, dtype) if needs[0] else None
+    dresidual = dense(ds, dtype) if needs[1] else None
     return dx, dresidual, torch.empty_like(weight) if needs[2] and weight is not None else None
 
 

@@ -97,8 +97,10 @@ def _outputs(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, 
 
 
 def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:
-    dx = torch.empty_like(res.x, memory_format=torch.contiguous_format) if needs[0] else None
-    return dx, *(torch.empty_like(t) if n and t is not None else None for t, n in zip((res.weight, res.bias), needs[1:], strict=True))
+    x, weight, bias, *_ = res
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
+    dw = torch.empty_like(weight) if needs[1] and weight is not None else None
+    return dx, dw, torch.empty_like(bias) if needs[2] and bias is not None else None
 
 
 def _fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, needs: Needs) -> tuple[Tensor, Residuals]:
