@@ -4,8 +4,8 @@ r"""The backward of the rows of a norm, as rms_norm, add_rms_norm and layer_norm
 
 where x̂ = (x − m) r, g = dy (w + offset), m = c₁ = 0 without a mean, and ds is what else flows into x. A program takes rows at even
 intervals and keeps its own sums over them, which a second launch adds up. One program to a multiprocessor has few registers for the next
-row, so that row comes through shared memory while this one is computed (`STAGES`); a row of which not even the sums leave room for the
-numbers is loaded again, from L1, when the sums over it are known (`AGAIN`). Wider rows: `_norm_rows.wide_bwd`.
+row, so that row comes through shared memory while this one is computed (`STAGES`). Where dw leaves no room for the weight, that is read
+twice for each row, from L2 (`AGAIN`). Wider rows: `_norm_rows.wide_bwd`.
 """
 
 from __future__ import annotations
@@ -51,16 +51,6 @@ def _tile(h: int, size: int, nvidia: bool) -> Tile:
 
 
 @jit
-def _row(x_ptr, add_ptr, at, add_at, keep):
-    """Rows of x, or of the sum of two tensors, rounded as forward rounded it."""
-    x = tl.load(x_ptr + at, mask=keep, other=0.0, eviction_policy="evict_first")
-    if add_ptr is not None:
-        x = x.to(tl.float32) + tl.load(add_ptr + add_at, mask=keep, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        x = x.to(x_ptr.dtype.element_ty)
-    return x
-
-
-@jit
 def _bwd_kernel(
     dy_ptr, ds_ptr, x_ptr, add_ptr, w_ptr, m_ptr, r_ptr, dx_ptr, again_ptr, dw_ptr, db_ptr,
     dy_stride, ds_stride, stride, add_stride, N, H, offset,
@@ -78,10 +68,12 @@ def _bwd_kernel(
     for start in tl.range(pid * ROWS, N, step, num_stages=STAGES):
         row = start + tl.arange(0, ROWS).to(tl.int64)[:, None]
         keep = (row < N) & (col < H)
-        at, add_at, dy_at = row * stride + col, row * add_stride + col, row * dy_stride + col
         if dx_ptr is not None or dw_ptr is not None:
-            x = _row(x_ptr, add_ptr, at, add_at, keep)
-        d = tl.load(dy_ptr + dy_at, mask=keep, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            x = tl.load(x_ptr + row * stride + col, mask=keep, other=0.0, eviction_policy="evict_first")
+            if add_ptr is not None:  # rounded as forward rounded it
+                more = tl.load(add_ptr + row * add_stride + col, mask=keep, other=0.0, eviction_policy="evict_first")
+                x = (x.to(tl.float32) + more.to(tl.float32)).to(x_ptr.dtype.element_ty)
+        d = tl.load(dy_ptr + row * dy_stride + col, mask=keep, other=0.0, eviction_policy="evict_first").to(tl.float32)
         r = tl.load(r_ptr + row, mask=row < N, other=0.0)
         m = 0.0
         if m_ptr is not None:
@@ -98,12 +90,8 @@ def _bwd_kernel(
             if m_ptr is not None:
                 c1 = tl.div_rn(tl.sum(g, 1), H * 1.0)[:, None]
             c2 = tl.div_rn(tl.sum(g * xr, 1), H * 1.0)[:, None]
-            if AGAIN:
-                xr = (_row(x_ptr, add_ptr, at, add_at, keep).to(tl.float32) - m) * r
-                d = tl.load(dy_ptr + dy_at, mask=keep, other=0.0, eviction_policy="evict_first").to(tl.float32)
-                g = d
-                if w_ptr is not None:
-                    g = rounded(d, tl.load(w_ptr + col, mask=col < H, other=0.0, eviction_policy="evict_last").to(tl.float32) + offset)
+            if AGAIN and w_ptr is not None:  # with the policy of the first load, the compiler would make the two one
+                g = rounded(d, tl.load(w_ptr + col, mask=col < H, other=0.0, eviction_policy="evict_last").to(tl.float32) + offset)
             dx = r * (g - c1 - xr * c2)
             if ds_ptr is not None:
                 dx += tl.load(ds_ptr + row * ds_stride + col, mask=keep, other=0.0).to(tl.float32)
