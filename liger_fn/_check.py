@@ -26,17 +26,16 @@ def floating(op: str, **tensors: Tensor) -> None:
 def optional(op: str, **tensors: Tensor | None) -> None:
     """Each is None, or a tensor of a float dtype that the kernels take."""
     for name, t in tensors.items():
-        if t is not None:
+        if t is not None and (not isinstance(t, Tensor) or t.dtype not in FLOATS):
             floating(op, **{name: t})
 
 
 def same_device(op: str, x: Tensor, **others: Tensor | None) -> None:
     """Every other tensor lives where `x` does."""
+    device = x.device
     for name, t in others.items():
-        if t is not None and t.device != x.device:
-            raise ValueError(
-                f"{op}: {name} must be on {x.device} like the first argument, got {t.device}; move it with .to({str(x.device)!r})"
-            )
+        if t is not None and t.device != device:
+            raise ValueError(f"{op}: {name} must be on {device} like the first argument, got {t.device}; move it with .to({str(device)!r})")
 
 
 def shape(op: str, name: str, t: Tensor, want: tuple[int, ...], why: str) -> None:
@@ -68,14 +67,20 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
-def like(op: str, first: str, x: Tensor, **others: Tensor) -> None:
-    """Every other tensor has the shape, the dtype and the device of `x`, which is called `first`."""
-    for name, t in others.items():
-        if not isinstance(t, Tensor) or t.dtype is not x.dtype or t.shape != x.shape or t.device != x.device:
-            floating(op, **{name: t})
-            shape(op, name, t, x.shape, f"the shape of {first}")
-            same_dtype(op, x, **{name: t})
-            same_device(op, x, **{name: t})
+def like(op: str, first: str, x: Tensor, name: str, t: Tensor) -> None:
+    """`t` has the shape, the dtype and the device of `x`, which is called `first`."""
+    if not isinstance(t, Tensor) or t.dtype is not x.dtype or t.shape != x.shape or t.device != x.device:
+        floating(op, **{name: t})
+        shape(op, name, t, x.shape, f"the shape of {first}")
+        same_dtype(op, x, **{name: t})
+        same_device(op, x, **{name: t})
+
+
+def floats(op: str, name: str, t: Tensor, least: int = 1) -> None:
+    """`t` is a tensor of a float dtype that the kernels take, with at least `least` axes."""
+    if not isinstance(t, Tensor) or t.dtype not in FLOATS or t.dim() < least:  # one look where nothing is wrong
+        floating(op, **{name: t})
+        rank(op, name, t, least)
 
 
 def rank(op: str, name: str, t: Tensor, least: int) -> None:

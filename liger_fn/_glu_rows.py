@@ -16,7 +16,7 @@ with m, n the multipliers of gate and up, and up = 1 where there is none. The ac
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import _check
 from ._check import wide
 from ._launch import as_rows, cdiv, jit, launch, next_power_of_2, tl, warps
 
 BLOCK, PER_WARP = 2048, 256  # 8 elements a thread: one 16-byte access for each half-precision tensor
 How = tuple[str, float, float]  # the activation, and the multipliers of gate and up
+Cut = tuple[int, int, tuple[int, ...]]  # rows, columns, and the stride of each tensor's rows, in the order of the kernel's pointers
 
 
 # --- plain PyTorch ----------------------------------------------------------------------------------------------------------------------
@@ -135,9 +135,12 @@ def _activation(a, ACT: tl.constexpr):
 
 @jit
 def _fwd_kernel(
-    gate_ptr, up_ptr, y_ptr, gate_stride, up_stride, y_stride, blocks, H, gate_by, up_by, ACT: tl.constexpr, BLOCK: tl.constexpr
+    gate_ptr, up_ptr, y_ptr, gate_stride, up_stride, y_stride, blocks, H, gate_by, up_by,
+    ACT: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row, start, at, keep = _place(blocks, H, BLOCK)
+    if PACKED:  # each row of one tensor is gate, then up
+        up_ptr += H
     gate = tl.load(gate_ptr + (row * gate_stride + start) + at, mask=keep, other=0.0).to(tl.float32)
     if up_ptr is not None:
         up = tl.load(up_ptr + (row * up_stride + start) + at, mask=keep, other=0.0).to(tl.float32)
@@ -150,10 +153,13 @@ def _fwd_kernel(
 @jit
 def _bwd_kernel(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, y_ptr, dy_stride, gate_stride, up_stride, dgate_stride, dup_stride, y_stride,
-    blocks, H, gate_by, up_by, ACT: tl.constexpr, BLOCK: tl.constexpr
+    blocks, H, gate_by, up_by, ACT: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     # Everything is loaded before anything is stored: the outputs may be the inputs' own memory.
     row, start, at, keep = _place(blocks, H, BLOCK)
+    if PACKED:
+        up_ptr += H
+        dup_ptr += H
     dy = tl.load(dy_ptr + (row * dy_stride + start) + at, mask=keep, other=0.0).to(tl.float32) * up_by
     gate = tl.load(gate_ptr + (row * gate_stride + start) + at, mask=keep, other=0.0).to(tl.float32)
     # dup alone does without up
@@ -175,13 +181,6 @@ def _bwd_kernel(
 # --- launches ---------------------------------------------------------------------------------------------------------------------------
 
 
-@cache
-def _tile(h: int) -> tuple[int, int]:
-    """(columns, warps) of one program."""
-    columns = min(BLOCK, next_power_of_2(h))
-    return columns, warps(columns, PER_WARP)
-
-
 def rows_of(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as the launches below take them: as they are where all are contiguous, else as rows."""
     for t in tensors:
@@ -190,37 +189,50 @@ def rows_of(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
-def _cut(like: Tensor, *tensors: Tensor | None) -> tuple[int, int, tuple[int, ...]]:
-    """(rows, columns, the stride of each tensor's rows); contiguous tensors are one long row."""
-    for t in tensors:
-        if t is not None and not t.is_contiguous():
-            return like.shape[0], like.shape[1], tuple([0 if t is None else t.stride(0) for t in tensors])
-    return 1, like.numel(), (0,) * len(tensors)
+class _Plan(NamedTuple):
+    """How rows are cut: the programs, the blocks of a row, and the options."""
+
+    grid: tuple[int]
+    blocks: int
+    meta: dict[str, Any]
 
 
-def kernel_forward(gate: Tensor, up: Tensor | None, y: Tensor, how: How) -> None:
-    """Write y. All are contiguous, or `[n, h]` and dense in the last axis."""
-    n, h, strides = _cut(gate, gate, up, y)
-    columns, programs = _tile(h)
+@lru_cache(1024)
+def _plan(n: int, h: int, act: str, packed: bool) -> _Plan:
+    columns = min(BLOCK, next_power_of_2(h))
     blocks = cdiv(h, columns)
-    act, *by = how
-    launch(
-        _fwd_kernel, (n * blocks,), gate.device, gate, up, y, *strides, blocks, h, *by, ACT=_CODES[act], BLOCK=columns, num_warps=programs
-    )
+    return _Plan((n * blocks,), blocks, {"ACT": _CODES[act], "PACKED": packed, "BLOCK": columns, "num_warps": warps(columns, PER_WARP)})
+
+
+def _cut(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...], first: Tensor) -> Cut:
+    """Contiguous tensors are one long row. Outputs are as the inputs are."""
+    for t in inputs:
+        if t is not None and not t.is_contiguous():
+            n, h = first.shape
+            return n, h, tuple([0 if t is None else t.stride(0) for t in inputs + outputs])
+    return 1, first.numel(), (0,) * (len(inputs) + len(outputs))
+
+
+def kernel_forward(gate: Tensor, up: Tensor | None, y: Tensor, how: How, packed: Cut | None = None) -> None:
+    """Write y. All are contiguous, or `[n, h]` and dense in the last axis.
+
+    packed: gate and up are both the one tensor whose rows are gate, then up, and this is how it is cut.
+    """
+    n, h, strides = packed or _cut((gate, up), (y,), gate)
+    act, gate_by, up_by = how
+    grid, blocks, meta = _plan(n, h, act, packed is not None)
+    launch(_fwd_kernel, grid, gate.device, gate, up, y, *strides, blocks, h, gate_by, up_by, **meta)
 
 
 def kernel_backward(
-    dy: Tensor, gate: Tensor, up: Tensor | None, dgate: Tensor | None, dup: Tensor | None, how: How, y: Tensor | None = None
-) -> None:
+    dy: Tensor, gate: Tensor, up: Tensor | None, dgate: Tensor | None, dup: Tensor | None, how: How, y: Tensor | None = None,
+    packed: Cut | None = None,
+) -> None:  # fmt: skip
     """Write what is given of dgate, dup and y, each of which may be the memory of dy, gate or up. All are as in `kernel_forward`."""
-    n, h, strides = _cut(dy, dy, gate, up, dgate, dup, y)
-    columns, programs = _tile(h)
-    blocks = cdiv(h, columns)
-    act, *by = how
-    launch(
-        _bwd_kernel, (n * blocks,), dy.device, dy, gate, up, dgate, dup, y, *strides, blocks, h, *by,
-        ACT=_CODES[act], BLOCK=columns, num_warps=programs,
-    )  # fmt: skip
+    n, h, strides = packed or _cut((dy, gate, up), (dgate, dup, y), dy)
+    act, gate_by, up_by = how
+    grid, blocks, meta = _plan(n, h, act, packed is not None)
+    launch(_bwd_kernel, grid, dy.device, dy, gate, up, dgate, dup, y, *strides, blocks, h, gate_by, up_by, **meta)
 
 
 # --- donation ---------------------------------------------------------------------------------------------------------------------------
@@ -270,6 +282,8 @@ def overwritten(tensors: Sequence[Tensor]) -> None:
 
 def number(op: str, name: str, value: Any) -> float:
     """`value` as a float. A tensor is refused: reading it would make the host wait."""
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{op}: {name} must be a Python number, got {type(value).__name__}; multiply by a tensor outside of {op}")
     return float(value)
@@ -280,10 +294,3 @@ def flag(op: str, name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be True or False, got {type(value).__name__}")
     return value
-
-
-def floats(op: str, **tensors: Tensor) -> None:
-    """Each is a tensor of a float dtype with at least one axis."""
-    _check.floating(op, **tensors)
-    for name, t in tensors.items():
-        _check.rank(op, name, t, 1)

@@ -68,9 +68,11 @@ def _module(kind: str) -> Any:
 
 
 @cache
-def _current(kind: str) -> Callable[[], int]:
-    """What tells the index of the current device; a tensor of that kind exists, so nothing has to be initialised."""
-    return torch._C._cuda_getDevice if kind == "cuda" else _module(kind).current_device
+def _current(device: torch.device) -> Callable[[], int] | None:
+    """What tells the index of the current device of its kind; a tensor of that kind exists, so nothing has to be initialised."""
+    if device.type == "cpu":
+        return None
+    return torch._C._cuda_getDevice if device.type == "cuda" else _module(device.type).current_device
 
 
 _ready: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], None]] = {}
@@ -89,13 +91,13 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, meta))
         return
-    kind = device.type
-    if kind == "cpu":
+    current = _current(device)
+    if current is None:
         kernel[grid](*args, **meta)
-    elif device.index == _current(kind)():
+    elif device.index == current():
         _launch(kernel, grid, device.index, args, meta)
     else:
-        with _module(kind).device(device):
+        with _module(device.type).device(device):
             _launch(kernel, grid, device.index, args, meta)
 
 
@@ -106,8 +108,8 @@ def _launch(kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ..
         return
     name = id(kernel)
     n = _leading.get(name) or _pointers(kernel)
-    # All that the compiled kernel depends on: the numbers themselves, and of each tensor its dtype and alignment.
-    tensors = [None if t is None else (t.dtype, t.data_ptr() & 15) for t in args[:n]]
+    # All that the compiled kernel depends on: the numbers themselves, and of each tensor its dtype and whether 16 divides its address.
+    tensors = [None if t is None else (t.dtype,) if t.data_ptr() % 16 else t.dtype for t in args[:n]]
     seen = (name, device, grid, args[n:], *meta.values(), *tensors)
     ready = _ready.get(seen)
     if ready is not None:
@@ -131,9 +133,10 @@ def _direct(compiled: Any, grid: tuple[int, ...], device: int, constants: tuple[
         return lambda args: hooked(*args, *constants)
     run, function, packed, stream = compiled.run, compiled.function, compiled.packed_metadata, torch._C._cuda_getCurrentRawStream
     x, y, z = grid
+    enter, leave = _HOOKS
 
     def direct(args: tuple[Any, ...]) -> None:
-        if _HOOKS[0].calls or _HOOKS[1].calls:
+        if enter.calls or leave.calls:
             hooked(*args, *constants)
         else:
             run(x, y, z, stream(device), function, packed, None, None, None, *args, *constants)
@@ -194,3 +197,11 @@ def as_rows(x: Tensor) -> Tensor:
     """`x` as [rows, last axis] with unit stride in the last axis; a view where the strides allow one, else a copy."""
     rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
     return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def rows_and_stride(x: Tensor) -> tuple[Tensor, int]:
+    """`x` as a kernel reads its rows, and from one to the next; a contiguous tensor is taken as it is, since a view costs the host time."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    rows = as_rows(x)
+    return rows, rows.stride(0)

@@ -197,8 +197,8 @@ def _rows_kernel(
 def _options(v: int, size: int, reads: bool, writes: bool, most: int, nvidia: bool) -> dict[str, int]:
     """For rows of `v` logits of `size` bytes, by whether the loss is read from them, and the gradient written. Chosen on an H100.
 
-    Statistics are of as many columns as a thread loads at once. A gradient alone is cut in parts of two blocks, so that the last rows do not
-    leave the GPU half empty. With both in one launch, L2 must still hold a row at its second reading: of long rows few are in flight.
+    Statistics are of as many columns as a thread loads at once. A gradient alone is cut in parts of two blocks, so that the last rows do
+    not leave the GPU half empty. With both in one launch, L2 must still hold a row at its second reading: of long rows few are in flight.
     """
     columns = 8192
     if writes:

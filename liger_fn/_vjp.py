@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, cast, get_type_hints
 
 import torch
@@ -99,11 +99,11 @@ class Op(Generic[P, R]):
         if self.composes(tensors):
             out = self.composable.call(backend, graded, *self._kept(flat))
         else:
-            tensors = tuple([t if t is None else _outside(t) for t in tensors])
+            inputs, options = [t if t is None else _outside(t) for t in tensors], flat[self.tensors :]
             if graded:
-                out = self._lean(backend, flat[self.tensors :], *tensors)
+                out = self._lean(backend, options, *inputs)
             else:
-                out = self.with_aux(flat, *self.run_fwd(backend, tensors + flat[self.tensors :], (False,) * self.diff))
+                out = self.with_aux(flat, *self.run_fwd(backend, (*inputs, *options), (False,) * self.diff))
         return cast(R, out if self._aux is None else self._finished(flat, out))
 
     def fwd(self, *args: P.args, **kwargs: P.kwargs) -> tuple[R, Any]:
@@ -209,6 +209,7 @@ def custom_vjp(
     diff: int,
     n_out: int = 1,
     aux: Callable[[Args, Any, Tensor], Any] | None = None,
+    kind: Any = Op,
 ) -> Callable[[Callable[P, Args]], Op[P, Any]]:
     """Decorate the public function, whose body checks its arguments and returns them flat, as `fwd` and `reference` take them.
 
@@ -219,12 +220,13 @@ def custom_vjp(
         cotangents: the shape of each output, from the residuals; None for a length that they do not tell.
         diff: how many arguments are differentiable; they come first. n_out: how many outputs there are.
         aux: makes what a call with `return_aux` returns, from the flat arguments, y and the residual `aux`.
+        kind: of op, where it is more than `Op`.
     """
     kernel, torchs = Pair(*kernels), Pair(*map(in_own_dtypes, plain))
     pairs: dict[Backend, Pair] = {"triton": kernel, "interpreter": kernel, "reference": torchs}
 
     def wrap(arguments: Callable[P, Args]) -> Op[P, Any]:
-        return Op(arguments, residuals, pairs, reference, outputs, gradients, cotangents, diff, n_out, aux)
+        return kind(arguments, residuals, pairs, reference, outputs, gradients, cotangents, diff, n_out, aux)
 
     return wrap
 
@@ -234,15 +236,14 @@ def _lean(op: Op[..., Any]) -> Callable[..., Any]:
     diff, saved, residuals = op.diff, op.saved, op.residuals
     keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
     refuse = _refuse(op.name)
-    pairs, aux_flag, n_out = op.pairs, op.aux_flag, op.n_out
-    no_more = (None,) * (op.tensors - diff)
+    pairs, composes, aux_flag, n_out, n_tensors = op.pairs, op.composes, op.aux_flag, op.n_out, op.tensors
+    no_more = (None,) * (n_tensors - diff)
 
     def forward(ctx: Any, backend: Backend, options: Args, *tensors: Tensor | None) -> Any:
-        flat = tensors + options
-        y, res = pairs[backend].fwd(*flat, needs=ctx.needs_input_grad[2 : 2 + diff])
+        y, res = pairs[backend].fwd(*tensors, *options, needs=ctx.needs_input_grad[2 : 2 + diff])
         ctx.save_for_backward(*res[:saved])
         ctx.rest = backend, res[saved:]
-        if aux_flag is None or not flat[aux_flag]:
+        if aux_flag is None or not options[aux_flag - n_tensors]:
             return y
         ctx.mark_non_differentiable(res.aux)
         return y, res.aux
@@ -252,10 +253,10 @@ def _lean(op: Op[..., Any]) -> Callable[..., Any]:
         tensors = ctx.saved_tensors  # unpacked once: checkpointing makes them anew at each reading
         res = tuple.__new__(residuals, tensors + options)
         needs = ctx.needs_input_grad[2 : 2 + diff]
-        seen = op.composes(dy) or _active(_VMAP_MODE)  # or the graph is walked with many cotangents at once
-        run = op.composable.bwd if seen else op.run_bwd
+        seen = composes(dy) or _active(_VMAP_MODE)  # or the graph is walked with many cotangents at once
+        run = partial(op.composable.bwd, backend) if seen else pairs[backend].bwd
         # What fwd computed is freed once this returns, unless the graph is kept for another backward.
-        rest = backend, res, dy[0] if n_out == 1 else dy, needs, not keep_graph()
+        rest = res, dy[0] if n_out == 1 else dy, needs, not keep_graph()
         if _grad_enabled():
             with torch.no_grad():
                 grads = run(*rest)
@@ -266,8 +267,9 @@ def _lean(op: Op[..., Any]) -> Callable[..., Any]:
             grads = run(*rest)
         return (None, None, *grads, *no_more)
 
-    made = type(op.name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
-    return super(Function, made).apply  # type: ignore[misc]
+    made: Any = type(op.name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+    made._backward_cls.apply = backward  # which the one it has would look up and call
+    return super(Function, made).apply
 
 
 def _tangent(t: Tensor | None) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import _check
 from ._check import dense
-from ._glu_rows import flag, floats, kernel_backward, kernel_forward, number, overwritten, plain_backward, plain_forward, reusable, rows_of
+from ._glu_rows import flag, kernel_backward, kernel_forward, number, overwritten, plain_backward, plain_forward, reusable, rows_of
 from ._vjp import Args, Needs, Op, custom_vjp
 
 P = ParamSpec("P")
@@ -111,8 +111,8 @@ def _glu(arguments: Callable[P, Args]) -> Op[P, Tensor]:
 
 
 def _checked(op: str, gate: Tensor, up: Tensor, act: str, gate_multiplier: float, up_multiplier: float, donate: bool) -> Args:
-    floats(op, gate=gate)
-    _check.like(op, "gate", gate, up=up)
+    _check.floats(op, "gate", gate)
+    _check.like(op, "gate", gate, "up", up)
     gate_multiplier, up_multiplier = number(op, "gate_multiplier", gate_multiplier), number(op, "up_multiplier", up_multiplier)
     return gate, up, act, gate_multiplier, up_multiplier, flag(op, "donate", donate)
 

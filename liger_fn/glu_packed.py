@@ -2,7 +2,7 @@ r"""Gated linear units of one packed projection: gate and up are the halves of o
 
     (gate, up) = halves of the last axis          y = n act(m gate) up          d(gate_up) = (dgate, dup), one tensor
 
-The kernels are those of `_glu_rows.py`, on views of the halves: nothing is split, copied or put together again.
+The kernels are those of `_glu_rows.py`, told where in a row the second half starts: nothing is split, copied or put together again.
 
 Residuals: gate_up; the activation is computed again. Source: Shazeer 2020, arXiv:2002.05202.
 """
@@ -15,9 +15,10 @@ from typing import NamedTuple, ParamSpec
 import torch
 from torch import Tensor
 
+from . import _check
 from ._check import dense
-from ._glu_rows import flag, floats, kernel_backward, kernel_forward, number, overwritten, plain_backward, plain_forward, reusable
-from ._launch import as_rows
+from ._glu_rows import flag, kernel_backward, kernel_forward, number, overwritten, plain_backward, plain_forward, reusable
+from ._launch import rows_and_stride
 from ._vjp import Args, Needs, Op, custom_vjp
 from .glu import Approximate, gelu
 
@@ -82,19 +83,22 @@ def _fwd(
     res = Residuals(gate_up, act, gate_multiplier, up_multiplier, donate)
     (y,) = _outputs(*res, needs=needs)
     if y.numel():
-        gate, up = _halves(as_rows(gate_up))
-        kernel_forward(gate, up, y.view(gate.shape), res[1:4])
+        (rows, stride), h = rows_and_stride(gate_up), y.shape[-1]
+        kernel_forward(rows, rows, y, res[1:4], packed=(y.numel() // h, h, (stride, stride, h)))
     return y, res
 
 
 def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor | None]:
     if not needs[0] or not res.gate_up.numel():
         return _gradients(res, dy, needs)
-    d, rows = as_rows(dy), as_rows(res.gate_up)
+    (d, d_stride), (rows, stride) = rows_and_stride(dy), rows_and_stride(res.gate_up)
     over = donate and res.donate and reusable(res.gate_up, rows, (d,))
     made = res.gate_up.detach() if over else _gradients(res, dy, needs)[0]
     assert made is not None  # it is wanted
-    kernel_backward(d, *_halves(rows), *_halves(rows if over else made.view(rows.shape)), res[1:4])
+    h = dy.shape[-1]
+    out, out_stride = (rows, stride) if over else (made, 2 * h)
+    strides = d_stride, stride, stride, out_stride, out_stride, 0
+    kernel_backward(d, rows, rows, out, out, res[1:4], packed=(dy.numel() // h, h, strides))
     if over:
         overwritten([res.gate_up])
     return (made,)
@@ -118,7 +122,7 @@ def _packed(arguments: Callable[P, Args]) -> Op[P, Tensor]:
 
 
 def _checked(op: str, gate_up: Tensor, act: str, gate_multiplier: float, up_multiplier: float, donate: bool) -> Args:
-    floats(op, gate_up=gate_up)
+    _check.floats(op, "gate_up", gate_up)
     if gate_up.shape[-1] % 2:
         raise ValueError(
             f"{op}: the last axis of gate_up must be even, gate first and up second, got shape {list(gate_up.shape)}; "

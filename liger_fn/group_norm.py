@@ -44,8 +44,8 @@ class Residuals(NamedTuple):
 
 
 def _shape(x: Tensor, num_groups: int) -> Shape:
-    n, c = x.shape[:2]
-    return Shape(n, c, num_groups, c // num_groups, prod(x.shape[2:]))
+    n, c, *spatial = x.shape
+    return Shape(n, c, num_groups, c // num_groups, prod(spatial))
 
 
 # --- definition -------------------------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def _outputs(
 
 def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:
     dx = torch.empty_like(res.x, memory_format=torch.contiguous_format) if needs[0] else None
-    return dx, *(torch.empty_like(t) if n and t is not None else None for t, n in zip((res.weight, res.bias), needs[1:], strict=True))
+    return dx, *[torch.empty_like(t) if n and t is not None else None for t, n in zip((res.weight, res.bias), needs[1:], strict=True)]
 
 
 def _fwd(
@@ -241,7 +241,7 @@ def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor
     # A program's part sums are few beside what it reads, unless channels are short: then it takes several samples.
     programs = t.resident * processors(x.device) * (1 if sh.s < 16 else 4)
     parts = min(cdiv(sh.n, samples), cdiv(programs, blocks))
-    dws, dbs = (out if out is None else rstd.new_empty(parts * samples, sh.c) for out in (dw, db))
+    dws, dbs = [out if out is None else rstd.new_empty(parts * samples, sh.c) for out in (dw, db)]
     launch(
         _bwd_kernel, (blocks, parts), x.device,
         dy, flat, weight, mean, rstd, dx, dws, dbs, sh.n, num_groups, sh.d, sh.s,
@@ -308,5 +308,5 @@ def group_norm(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: T
         if t is not None:
             _check.shape("group_norm", name, t, (c,), "the channels of x")
     _check.same_device("group_norm", x, weight=weight, bias=bias)
-    weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
+    weight, bias = [t if t is None else t.contiguous() for t in (weight, bias)]
     return x.contiguous(), weight, bias, num_groups, float(eps)

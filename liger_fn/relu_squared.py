@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _check
 from ._check import dense
-from ._glu_rows import How, flag, floats, kernel_backward, kernel_forward, overwritten, plain_backward, reusable, rows_of
+from ._glu_rows import How, flag, kernel_backward, kernel_forward, overwritten, plain_backward, reusable, rows_of
 from ._vjp import Args, Needs, custom_vjp
 
 _HOW: How = ("relu_squared", 1.0, 1.0)
@@ -105,5 +106,5 @@ def relu_squared(x: Tensor, *, donate: bool = False) -> Args:
 
     Source: So et al. 2021, arXiv:2109.08668.
     """
-    floats("relu_squared", x=x)
+    _check.floats("relu_squared", "x", x)
     return x, flag("relu_squared", "donate", donate)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from ._vjp import Args, Needs, Op, custom_vjp
 
 Layout = Literal["half", "interleaved"]
 SectionOrder = Literal["blocked", "interleaved"]
+PER_WARP = 256  # pairs that a warp turns (H100)
 
 
 class Residuals(NamedTuple):
@@ -109,7 +110,7 @@ def _plain_bwd(res: Residuals, dy: tuple[Tensor, Tensor], needs: Needs, donate: 
 def _alike(x: Tensor) -> Tensor:
     """An empty tensor in the memory layout of `x`, so that a transposed view costs no copy; the last axis is dense, as kernels write."""
     out = torch.empty_like(x)
-    return out if out.stride(-1) == 1 else x.new_empty(x.shape)
+    return out if out.stride()[-1] == 1 else x.new_empty(x.shape)
 
 
 def _outputs(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *how: Any, needs: Needs) -> tuple[Tensor, Tensor]:
@@ -148,7 +149,8 @@ def _plan(
         {
             "BACKWARD": backward, "PAIRS": layout == "interleaved", "DENSE": strides[0][3] == strides[1][3] == c == f == 1,
             "WHOLE": width == turned, "SECTIONS": order != "", "THREES": order == "interleaved",
-            "QH": tiles[0], "KH": tiles[1], "D": columns, "REST": passed, "num_warps": warps(max(tiles) * max(columns, passed // 2)),
+            "QH": tiles[0], "KH": tiles[1], "D": columns, "REST": passed,
+            "num_warps": warps(max(tiles) * max(columns, passed // 2), PER_WARP),
         },
     )  # fmt: skip
 
@@ -158,7 +160,7 @@ _ABSENT = (0, 0, 0, 1)  # strides
 
 def _rotate(q: Tensor | None, k: Tensor | None, yq: Tensor | None, yk: Tensor | None, res: Residuals, backward: bool) -> None:
     """Launch over every token; a tensor that is None, or has no heads, is left out."""
-    cos, sin, *how = res
+    cos, sin = res[:2]
     if k is not None and k.shape[res.heads_axis] == 0:
         k = yk = None
     if q is None and k is None:
@@ -166,7 +168,7 @@ def _rotate(q: Tensor | None, k: Tensor | None, yq: Tensor | None, yk: Tensor | 
     every = q, k, yq, yk
     strides = tuple([_ABSENT if t is None else t.stride() for t in every])
     shapes = None if q is None else q.shape, None if k is None else k.shape
-    plan = _plan(shapes, strides, (cos.stride(), sin.stride()), cos.shape[-1], tuple(how), backward)
+    plan = _plan(shapes, strides, (cos.stride(), sin.stride()), cos.shape[-1], res[2:], backward)
     launch(_rope_kernel, plan.grid, cos.device, *every, cos, sin, *plan.numbers, **plan.meta)
 
 
@@ -217,18 +219,12 @@ def _no_heads(x: Tensor, heads_axis: int) -> Tensor:
     return x.new_empty([0 if i == heads_axis else n for i, n in enumerate(x.shape)])
 
 
-def _one_or_two(op: Op[..., Any]) -> _Rope:
-    op.__class__ = _Rope
-    return cast(_Rope, op)
-
-
 def _cotangents(res: Residuals) -> tuple[Any, Any]:
     batch, length = res.cos.shape[-3:-1]
     shape = (batch, None, length, res.dim) if res.heads_axis == 1 else (batch, length, None, res.dim)
     return shape, shape
 
 
-@_one_or_two
 @custom_vjp(
     residuals=Residuals,
     kernels=(_fwd, _bwd),
@@ -239,6 +235,7 @@ def _cotangents(res: Residuals) -> tuple[Any, Any]:
     cotangents=_cotangents,
     diff=2,
     n_out=2,
+    kind=_Rope,
 )
 def rope(
     q: Tensor,
@@ -332,13 +329,15 @@ def _sections(sections: Any, order: str, pairs: int) -> tuple[str, int, int]:
 
 def _checked(name: str, table: Tensor, order: str, batch: int, length: int, widths: tuple[int, ...]) -> Tensor:
     """A table as `[B, T, W]`, or `[3, B, T, W]` with sections; what the batch shares is expanded."""
+    if not order and table.shape == (batch, length, widths[0]):
+        return table
     lead = [3] if order else []
     t = table.unsqueeze(-3) if table.dim() == len(lead) + 2 else table
-    ok = t.dim() == len(lead) + 3 and t.shape[-3] in (1, batch) and t.shape[-2] == length and t.shape[-1] in widths
-    if not ok or (order and t.shape[0] != 3):
+    *sections, shared, positions, width = t.shape if t.dim() > 2 else (0, 0, 0)
+    if sections != lead or shared not in (1, batch) or positions != length or width not in widths:
         want = [*map(str, lead), f"{batch} or 1", str(length), " or ".join(map(str, widths))]
         raise ValueError(f"rope: {name} must be [{', '.join(want)}] (batch, length and channels to turn), got {list(table.shape)}")
-    return t if t.shape[-3] == batch else t.expand(*lead, batch, -1, -1)
+    return t if shared == batch else t.expand(*lead, batch, -1, -1)
 
 
 def rope_complex(q: Tensor, k: Tensor | None, freqs_cis: Tensor, *, unsqueeze_dim: int = 2) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import _check
 from ._check import wide
 from ._elementary import exp
-from ._launch import as_rows, cdiv, jit, launch, next_power_of_2, tl, warps
+from ._launch import cdiv, jit, launch, next_power_of_2, rows_and_stride, tl, warps
 from ._vjp import Args, Needs, custom_vjp
 
 RESIDENT = 16384  # columns that a program holds; longer rows are read twice, the second time from L2
@@ -164,16 +164,16 @@ def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None]
 
 def _fwd(x: Tensor, needs: Needs) -> tuple[Tensor, Residuals]:
     y, stats = _outputs(x, needs)
-    rows = as_rows(x)
-    n, h = rows.shape
+    rows, stride = rows_and_stride(x)
+    n, h = stats.shape[0], x.shape[-1]
     tile, exact = _tile(h), x.dtype is torch.float32
     if h <= RESIDENT:
         launch(
-            _fwd_kernel, (cdiv(n, tile.rows),), x.device, rows, y, stats, rows.stride(0), n, h,
+            _fwd_kernel, (cdiv(n, tile.rows),), x.device, rows, y, stats, stride, n, h,
             ROWS=tile.rows, EXACT=exact, BLOCK=tile.columns, num_warps=tile.warps,
         )  # fmt: skip
     else:
-        launch(_wide_fwd_kernel, (n,), x.device, rows, y, stats, rows.stride(0), h, EXACT=exact, BLOCK=tile.columns, num_warps=tile.warps)
+        launch(_wide_fwd_kernel, (n,), x.device, rows, y, stats, stride, h, EXACT=exact, BLOCK=tile.columns, num_warps=tile.warps)
     return y, Residuals(x, stats)
 
 
@@ -181,19 +181,20 @@ def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor
     (dx,) = _gradients(res, dy, needs)
     if dx is None:
         return (None,)
-    rows, dys = as_rows(res.x), as_rows(dy)
-    n, h = rows.shape
-    tile, exact = _tile(h), res.x.dtype is torch.float32
-    strides = dys.stride(0), rows.stride(0)
+    x, stats = res
+    (rows, stride), (dys, dy_stride) = rows_and_stride(x), rows_and_stride(dy)
+    n, h = stats.shape[0], x.shape[-1]
+    tile, exact = _tile(h), x.dtype is torch.float32
     if h <= RESIDENT:
         launch(
-            _bwd_kernel, (cdiv(n, tile.rows),), dy.device, dys, rows, res.stats, dx, *strides, n, h,
+            _bwd_kernel, (cdiv(n, tile.rows),), dy.device, dys, rows, stats, dx, dy_stride, stride, n, h,
             ROWS=tile.rows, EXACT=exact, BLOCK=tile.columns, num_warps=tile.warps,
         )  # fmt: skip
     else:
         launch(
-            _wide_bwd_kernel, (n,), dy.device, dys, rows, res.stats, dx, *strides, h, EXACT=exact, BLOCK=tile.columns, num_warps=tile.warps
-        )
+            _wide_bwd_kernel, (n,), dy.device, dys, rows, stats, dx, dy_stride, stride, h,
+            EXACT=exact, BLOCK=tile.columns, num_warps=tile.warps,
+        )  # fmt: skip
     return (dx,)
 
 
@@ -228,7 +229,6 @@ def softmax(x: Tensor) -> Args:
 
     Source: Milakov & Gimelshein 2018, arXiv:1805.02867 (the sum in one pass).
     """
-    _check.floating("softmax", x=x)
-    _check.rank("softmax", "x", x, 1)
+    _check.floats("softmax", "x", x)
     _check.at_least_one("softmax", "the last axis of x", x.shape[-1])
     return (x,)

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check
-from ._backend import in_own_dtypes
+from ._backend import autocasts, in_own_dtypes
 from ._check import dense
-from ._glu_rows import How, floats, kernel_backward, kernel_forward, number, plain_backward, plain_forward
+from ._glu_rows import How, kernel_backward, kernel_forward, number, plain_backward, plain_forward
 from ._vjp import Args, Needs, custom_vjp
 
 
@@ -95,7 +95,7 @@ def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None,
 
 
 def _flat(t: Tensor) -> Tensor:
-    return t.reshape(prod(t.shape[:-1]), t.shape[-1])
+    return t if t.dim() == 2 else t.reshape(prod(t.shape[:-1]), t.shape[-1])
 
 
 def _sum_of_products(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
@@ -108,9 +108,10 @@ def _fwd(
     x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, gate_multiplier: float, up_multiplier: float, needs: Needs, parts: _Parts
 ) -> tuple[Tensor, Residuals]:  # fmt: skip
     rows = _flat(x)
-    g, u = torch.mm(rows, w_gate.T), torch.mm(rows, w_up.T)
-    y = torch.mm(parts.forward(g, u, ("silu", gate_multiplier, up_multiplier)), w_down.T)
-    return y.view(*x.shape[:-1], w_down.shape[0]), Residuals(x, w_gate, w_up, w_down, g, u, gate_multiplier, up_multiplier)
+    g, u = F.linear(rows, w_gate), F.linear(rows, w_up)
+    y = F.linear(parts.forward(g, u, ("silu", gate_multiplier, up_multiplier)), w_down)
+    y = y if rows is x else y.view(*x.shape[:-1], w_down.shape[0])
+    return y, Residuals(x, w_gate, w_up, w_down, g, u, gate_multiplier, up_multiplier)
 
 
 def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, parts: _Parts) -> tuple[Tensor | None, ...]:
@@ -127,7 +128,8 @@ def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, parts: _Parts) 
         dg, du, h = None, None, parts.forward(g, u, how) if needs[3] else None
     dx = None
     if needs[0] and dg is not None and du is not None:
-        dx = _sum_of_products(dg, w_gate, du, w_up).view(x.shape)
+        dx = _sum_of_products(dg, w_gate, du, w_up)
+        dx = dx if rows is x else dx.view(x.shape)
     pairs = ((dg, rows, needs[1]), (du, rows, needs[2]), (d, h, needs[3]))
     return dx, *(torch.mm(a.T, b) if n and a is not None and b is not None else None for a, b, n in pairs)
 
@@ -176,7 +178,7 @@ def swiglu_mlp(
     Source: Shazeer 2020, arXiv:2002.05202.
     """
     op = "swiglu_mlp"
-    floats(op, x=x)
+    _check.floats(op, "x", x)
     _check.floating(op, w_gate=w_gate, w_up=w_up, w_down=w_down)
     if w_gate.dim() != 2 or w_gate.shape[1] != x.shape[-1]:
         raise ValueError(f"{op}: w_gate must be [I, {x.shape[-1]}] (I, last axis of x), got {list(w_gate.shape)}")
@@ -185,6 +187,7 @@ def swiglu_mlp(
         raise ValueError(f"{op}: w_down must be [O, {w_gate.shape[0]}] (O, first axis of w_gate), got {list(w_down.shape)}")
     _check.same_device(op, x, w_gate=w_gate, w_up=w_up, w_down=w_down)
     by: Any = number(op, "gate_multiplier", gate_multiplier), number(op, "up_multiplier", up_multiplier)
-    x, w_gate, w_up, w_down = map(_check.autocast, (x, w_gate, w_up, w_down))
+    if autocasts(x.device.type):
+        x, w_gate, w_up, w_down = map(_check.autocast, (x, w_gate, w_up, w_down))
     _check.same_dtype(op, x, w_gate=w_gate, w_up=w_up, w_down=w_down)
     return x, w_gate, w_up, w_down, *by

@@ -24,7 +24,10 @@ MACHINE = {"device": "Some GPU (80 GB)", "torch": "2.0.0+cu1", "date": "2000-01-
 def test_a_second_run_adds_to_the_file_of_the_first(tmp_path: Path) -> None:
     """On the same machine, day and sources; other sources get a file of their own, and nothing is lost."""
     first = Result(
-        MACHINE, {"copy_gbs": 1.0, "small_copy_gbs": 0.9, "matmul_tflops": 2.0}, {"f": GREEN}, [Row("f", "s", BOTH, OURS, 1.0), Row("f", "s", BOTH, EAGER, 5.0)]
+        MACHINE,
+        {"copy_gbs": 1.0, "small_copy_gbs": 0.9, "matmul_tflops": 2.0},
+        {"f": GREEN},
+        [Row("f", "s", BOTH, OURS, 1.0), Row("f", "s", BOTH, EAGER, 5.0)],
     )
     second = Result(MACHINE, {}, {"f": GREEN, "g": GREEN}, [Row("f", "s", BOTH, OURS, 2.0), Row("g", "s", HOST, OURS, 3.0)])
     path = results.save(first, tmp_path)

@@ -53,8 +53,38 @@ def test_one_gradient_and_no_copy(device: torch.device) -> None:
         y, residuals = liger_fn.swiglu_packed.fwd(gate_up)
         (grad,) = liger_fn.swiglu_packed.bwd(residuals, y)
     forward, backward = (launch.args for launch in launches)
-    halves = [gate_up.data_ptr(), gate_up[..., 63:].data_ptr()]
-    assert [t.data_ptr() for t in forward[:2]] == halves
-    assert forward[3:5] == (200, 200)
-    assert [t.data_ptr() for t in backward[:5]] == [y.data_ptr(), *halves, grad.data_ptr(), grad[..., 63:].data_ptr()]
+    assert all(launch.meta["PACKED"] for launch in launches)  # up stands behind gate: each is the tensor itself, given twice
+    assert [t.data_ptr() for t in forward[:3]] == [gate_up.data_ptr(), gate_up.data_ptr(), y.data_ptr()]
+    assert forward[3:6] == (200, 200, 63)
+    assert [t.data_ptr() for t in backward[:5]] == [t.data_ptr() for t in (y, gate_up, gate_up, grad, grad)]
+    assert backward[6:11] == (63, 200, 200, 126, 126)
     assert grad.is_contiguous()
+
+
+def test_rows_that_are_whole_are_not_viewed(device: torch.device) -> None:
+    """A view costs the host as much as an allocation: kernels are given contiguous tensors as they are, whatever their axes."""
+    if not _launch.HAS_TRITON:
+        pytest.skip("needs Triton")
+    gate_up = torch.randn(3, 7, 126, device=device)
+    with _launch.record() as launches:
+        y, residuals = liger_fn.swiglu_packed.fwd(gate_up)
+        (grad,) = liger_fn.swiglu_packed.bwd(residuals, y)
+    forward, backward = (launch.args for launch in launches)
+    assert all(a is b for a, b in zip((*forward[:3], *backward[:5]), (gate_up, gate_up, y, y, gate_up, gate_up, grad, grad), strict=True))
+
+
+def test_gradient_over_rows_that_are_apart(backend: str, device: torch.device) -> None:
+    """Donated rows of a wider tensor hold the gradient, and what stands between them is left alone."""
+    if backend == "reference":
+        pytest.skip("plain PyTorch writes over nothing")
+    wide = torch.randn(7, 200, device=device)
+    part = wide[:, 10:136]
+    y, residuals = liger_fn.swiglu_packed.fwd(part.clone())
+    dy = torch.randn_like(y)
+    (want,) = liger_fn.swiglu_packed.bwd(residuals, dy)
+    before = wide.clone()
+    _, residuals = liger_fn.swiglu_packed.fwd(part, donate=True)
+    (grad,) = liger_fn.swiglu_packed.bwd(residuals, dy, donate=True)
+    assert grad.data_ptr() == part.data_ptr()
+    before[:, 10:136] = want
+    assert_same_bits([wide], [before], "wide")
