@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ._check import wide
-from ._launch import as_rows, cdiv, jit, launch, next_power_of_2, tl, warps
+from ._launch import Plan, as_rows, cdiv, jit, next_power_of_2, tl, warps
 
 BLOCK, PER_WARP = 2048, 256  # 8 elements a thread: one 16-byte access for each half-precision tensor
 How = tuple[str, float, float]  # the activation, and the multipliers of gate and up
@@ -189,19 +189,15 @@ def rows_of(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
-class _Plan(NamedTuple):
-    """How rows are cut: the programs, the blocks of a row, and the options."""
-
-    grid: tuple[int]
-    blocks: int
-    meta: dict[str, Any]
-
-
 @lru_cache(1024)
-def _plan(n: int, h: int, act: str, packed: bool) -> _Plan:
-    columns = min(BLOCK, next_power_of_2(h))
+def _plan(cut: Cut, how: How, packed: bool, backward: bool) -> Plan:
+    n, h, strides = cut
+    (act, *by), columns = how, min(BLOCK, next_power_of_2(h))
     blocks = cdiv(h, columns)
-    return _Plan((n * blocks,), blocks, {"ACT": _CODES[act], "PACKED": packed, "BLOCK": columns, "num_warps": warps(columns, PER_WARP)})
+    return Plan(
+        _bwd_kernel if backward else _fwd_kernel, (n * blocks,), *strides, blocks, h, *by,
+        ACT=_CODES[act], PACKED=packed, BLOCK=columns, num_warps=warps(columns, PER_WARP),
+    )  # fmt: skip
 
 
 def _cut(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...], first: Tensor) -> Cut:
@@ -218,10 +214,7 @@ def kernel_forward(gate: Tensor, up: Tensor | None, y: Tensor, how: How, packed:
 
     packed: gate and up are both the one tensor whose rows are gate, then up, and this is how it is cut.
     """
-    n, h, strides = packed or _cut((gate, up), (y,), gate)
-    act, gate_by, up_by = how
-    grid, blocks, meta = _plan(n, h, act, packed is not None)
-    launch(_fwd_kernel, grid, gate.device, gate, up, y, *strides, blocks, h, gate_by, up_by, **meta)
+    _plan(packed or _cut((gate, up), (y,), gate), how, packed is not None, False)(gate.device, gate, up, y)
 
 
 def kernel_backward(
@@ -229,10 +222,8 @@ def kernel_backward(
     packed: Cut | None = None,
 ) -> None:  # fmt: skip
     """Write what is given of dgate, dup and y, each of which may be the memory of dy, gate or up. All are as in `kernel_forward`."""
-    n, h, strides = packed or _cut((dy, gate, up), (dgate, dup, y), dy)
-    act, gate_by, up_by = how
-    grid, blocks, meta = _plan(n, h, act, packed is not None)
-    launch(_bwd_kernel, grid, dy.device, dy, gate, up, dgate, dup, y, *strides, blocks, h, gate_by, up_by, **meta)
+    cut = packed or _cut((dy, gate, up), (dgate, dup, y), dy)
+    _plan(cut, how, packed is not None, True)(dy.device, dy, gate, up, dgate, dup, y)
 
 
 # --- donation ---------------------------------------------------------------------------------------------------------------------------

@@ -70,78 +70,92 @@ def _module(kind: str) -> Any:
 @cache
 def _current(device: torch.device) -> Callable[[], int] | None:
     """What tells the index of the current device of its kind; a tensor of that kind exists, so nothing has to be initialised."""
-    if device.type == "cpu":
+    if device.type in ("cpu", "meta"):
         return None
     return torch._C._cuda_getDevice if device.type == "cuda" else _module(device.type).current_device
 
 
-_ready: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], None]] = {}
-_READY_AT_MOST = 4096
-_leading: dict[int, int] = {}  # pointers that a kernel takes, before its numbers; a kernel is never freed
+class Plan:
+    """A launch without its tensors: `kernel[grid](*tensors, *numbers, **meta)`, where the tensors' parameters are called `…_ptr`.
+
+    Whoever launches the same again keeps the plan (`functools.lru_cache`): it finds the compiled kernel by the dtypes and alignments of the
+    tensors alone, and goes to it directly, without asking Triton which one it is.
+    """
+
+    __slots__ = ("_ready", "empty", "grid", "kernel", "meta", "numbers")
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], *numbers: Any, **meta: Any) -> None:
+        self.kernel, self.grid, self.numbers, self.meta, self.empty = kernel, grid, numbers, meta, 0 in grid
+        self._ready: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], None]] = {}
+
+    def __call__(self, device: torch.device, *tensors: Tensor | None) -> None:
+        """Launch on `device`, which need not be the current one. An empty grid launches nothing."""
+        current = _current(device)
+        if self.empty or _recorded is not None or current is None:
+            self._slowly(tensors)
+            return
+        index = device.index
+        if index != current():
+            with _module(device.type).device(device):
+                self(device, *tensors)
+            return
+        # All that the compiled kernel depends on beside the plan: of each tensor its dtype, and whether 16 divides its address.
+        seen = (index, *[None if t is None else (t.dtype,) if t.data_ptr() % 16 else t.dtype for t in tensors])
+        ready = self._ready.get(seen)
+        if ready is not None:
+            ready(tensors)
+            return
+        compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.meta)
+        if NVIDIA:  # elsewhere Triton compiles by more than the alignment of a pointer
+            self._ready[seen] = self._direct(compiled, index)
+
+    def _slowly(self, tensors: tuple[Tensor | None, ...]) -> None:
+        """Not to be launched at all, to be recorded, or interpreted."""
+        if self.empty:
+            return
+        if _recorded is not None:
+            _recorded.append(Launch(self.kernel, self.grid, (*tensors, *self.numbers), self.meta))
+        else:
+            self.kernel[self.grid](*tensors, *self.numbers, **self.meta)
+
+    def _direct(self, compiled: Any, device: int) -> Callable[[tuple[Any, ...]], None]:
+        """What launches `compiled`. Triton's own launcher calls its hooks even where there is none: it is left to those who profile."""
+        x, y, z = (*self.grid, 1, 1)[:3]
+        options = self.kernel.arg_names
+        rest = (*self.numbers, *[self.meta[name] for name in options if name in self.meta])
+        hooked = compiled[x, y, z]
+        if not _HOOKS:
+            return lambda tensors: hooked(*tensors, *rest)
+        run, function, packed, stream = compiled.run, compiled.function, compiled.packed_metadata, torch._C._cuda_getCurrentRawStream
+        enter, leave = _HOOKS
+
+        def direct(tensors: tuple[Any, ...]) -> None:
+            if enter.calls or leave.calls:
+                hooked(*tensors, *rest)
+            else:
+                run(x, y, z, stream(device), function, packed, None, None, None, *tensors, *rest)
+
+        return direct
+
+
+_plans: dict[tuple[Any, ...], Plan] = {}
+_PLANS_AT_MOST = 4096
+_leading: dict[int, int] = {}  # tensors that a kernel takes, before its numbers; a kernel is never freed
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any) -> None:
-    """Run `kernel[grid](*args, **meta)` on `device`, which need not be the current one. An empty grid launches nothing.
-
-    `args` are the kernel's leading parameters, tensors or None for those called `…_ptr`, which come first, then numbers; `meta` its
-    constexprs and launch options.
-    """
-    if 0 in grid:
-        return
-    if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, args, meta))
-        return
-    current = _current(device)
-    if current is None:
-        kernel[grid](*args, **meta)
-    elif device.index == current():
-        _launch(kernel, grid, device.index, args, meta)
-    else:
-        with _module(device.type).device(device):
-            _launch(kernel, grid, device.index, args, meta)
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
-    """A launch seen before goes to the compiled kernel directly, without asking Triton again which one it is."""
-    if not NVIDIA:  # elsewhere Triton compiles by more than the alignment of a pointer
-        kernel[grid](*args, **meta)
-        return
+    """`kernel[grid](*args, **meta)` by a plan that is kept here. `args` are the kernel's tensors, or None for one, then its numbers."""
     name = id(kernel)
-    n = _leading.get(name) or _pointers(kernel)
-    # All that the compiled kernel depends on: the numbers themselves, and of each tensor its dtype and whether 16 divides its address.
-    tensors = [None if t is None else (t.dtype,) if t.data_ptr() % 16 else t.dtype for t in args[:n]]
-    seen = (name, device, grid, args[n:], *meta.values(), *tensors)
-    ready = _ready.get(seen)
-    if ready is not None:
-        ready(args)
-        return
-    compiled = kernel[grid](*args, **meta)
-    if len(_ready) >= _READY_AT_MOST:  # a new shape at every step: start over
-        _ready.clear()
-    _ready[seen] = _direct(compiled, (*grid, 1, 1)[:3], device, tuple(meta[name] for name in kernel.arg_names[len(args) :]))
-
-
-def _pointers(kernel: Any) -> int:
-    n = _leading[id(kernel)] = sum(name.endswith("_ptr") for name in kernel.arg_names)
-    return n
-
-
-def _direct(compiled: Any, grid: tuple[int, ...], device: int, constants: tuple[Any, ...]) -> Callable[[tuple[Any, ...]], None]:
-    """What launches `compiled`. Triton's own launcher calls its hooks even where there is none: it is left to those who profile."""
-    hooked = compiled[grid]
-    if not _HOOKS:
-        return lambda args: hooked(*args, *constants)
-    run, function, packed, stream = compiled.run, compiled.function, compiled.packed_metadata, torch._C._cuda_getCurrentRawStream
-    x, y, z = grid
-    enter, leave = _HOOKS
-
-    def direct(args: tuple[Any, ...]) -> None:
-        if enter.calls or leave.calls:
-            hooked(*args, *constants)
-        else:
-            run(x, y, z, stream(device), function, packed, None, None, None, *args, *constants)
-
-    return direct
+    n = _leading.get(name)
+    if n is None:
+        n = _leading[name] = sum(name.endswith("_ptr") for name in kernel.arg_names)
+    key = name, grid, args[n:], *meta.values()
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= _PLANS_AT_MOST:  # a new shape at every step: start over
+            _plans.clear()
+        plan = _plans[key] = Plan(kernel, grid, *args[n:], **meta)
+    plan(device, *args[:n])
 
 
 def _hooks() -> tuple[Any, ...]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from . import _launch
 from ._elementary import exp, expm1, log1p, over, tanh
-from ._launch import as_rows, cdiv, jit, launch, next_power_of_2, registers, tl, warps
+from ._launch import Plan, cdiv, jit, next_power_of_2, registers, rows_and_stride, tl, warps
 from ._loss_rows import PLAIN, Terms
 
 
@@ -193,9 +192,11 @@ def _rows_kernel(
             tl.store(g_at + col, g.to(grad_ptr.dtype.element_ty), mask=col < V, cache_modifier=".cs")
 
 
-@cache
-def _options(v: int, size: int, reads: bool, writes: bool, most: int, nvidia: bool) -> dict[str, int]:
-    """For rows of `v` logits of `size` bytes, by whether the loss is read from them, and the gradient written. Chosen on an H100.
+@lru_cache(1024)
+def _plan(
+    n: int, v: int, size: int, reads: bool, writes: bool, ignore_index: int, smoothing: float, z: float, cap: float, *strides: int
+) -> Plan:
+    """For `n` rows of `v` logits of `size` bytes, by whether the loss is read from them, and the gradient written. Chosen on an H100.
 
     Statistics are of as many columns as a thread loads at once. A gradient alone is cut in parts of two blocks, so that the last rows do
     not leave the GPU half empty. With both in one launch, L2 must still hold a row at its second reading: of long rows few are in flight.
@@ -204,13 +205,12 @@ def _options(v: int, size: int, reads: bool, writes: bool, most: int, nvidia: bo
     if writes:
         columns = 16384 if size > 2 or v <= 16384 or not reads else 32768 if v > 65536 else 8192
     block = min(next_power_of_2(v), columns)
-    return {
-        "BLOCK": block,
-        "WIDTH": min(block, 16 // size),
-        "PARTS": 1 if reads else max(1, cdiv(v, block) // 2),
-        "num_warps": warps(block, 512, least=4),
-        **registers(32 if writes and size == 2 and columns < min(v, 32768) else None),
-    }
+    parts = 1 if reads else max(1, cdiv(v, block) // 2)
+    limit = registers(32 if writes and size == 2 and columns < min(v, 32768) else None)
+    return Plan(
+        _rows_kernel, (n * parts,), *strides, v, ignore_index, smoothing, z, cap, SMOOTH=smoothing != 0.0, CAP=cap != 0.0, EXACT=size == 4,
+        BLOCK=block, WIDTH=min(block, 16 // size), PARTS=parts, num_warps=warps(block, 512, least=4), **limit,
+    )  # fmt: skip
 
 
 def kernel_rows(
@@ -227,14 +227,11 @@ def kernel_rows(
     divisor: Tensor | None = None,
 ) -> None:
     """`Rows` in one Triton launch."""
-    logits = as_rows(logits)
-    n, v = logits.shape
+    (rows, stride), (n, v) = rows_and_stride(logits), logits.shape
     weight, smoothing, z, cap = terms
     whole = weight.sum(dtype=torch.float32) if weight is not None and smoothing else None
-    options = _options(v, logits.element_size(), loss is not None, grad is not None, _launch.MAX_WARPS, _launch.NVIDIA)
-    launch(
-        _rows_kernel, (n * options["PARTS"],), logits.device,
-        logits, target, stats, loss, aux, grad, scale, divisor, weight, whole, logits.stride(0), target.stride(0),
-        0 if grad is None else grad.stride(0), 0 if scale is None or scale.numel() == 1 else scale.stride(0), v, ignore_index,
-        smoothing, z, cap, SMOOTH=smoothing != 0.0, CAP=cap != 0.0, EXACT=logits.dtype is torch.float32, **options,
+    strides = (
+        stride, target.stride(0), 0 if grad is None else grad.stride(0), 0 if scale is None or scale.numel() == 1 else scale.stride(0)
     )  # fmt: skip
+    plan = _plan(n, v, logits.element_size(), loss is not None, grad is not None, ignore_index, smoothing, z, cap, *strides)
+    plan(logits.device, rows, target, stats, loss, aux, grad, scale, divisor, weight, whole)

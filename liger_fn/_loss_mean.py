@@ -6,13 +6,14 @@ mean over no row is 0. Sums are taken in fp64, so that one rounding is all they 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ._check import wide, wide_dtype
-from ._launch import has_fp64, jit, launch, tl
+from ._launch import Plan, has_fp64, jit, tl
 
 BLOCK = 4096  # rows at a time
 
@@ -110,6 +111,11 @@ def _reduce_kernel(
         tl.store(y_ptr, (tl.sum(total, 0) / divisor).to(y_ptr.dtype.element_ty))
 
 
+@lru_cache(1024)
+def _plan(stride: int, n: int, v: int, ignore_index: int, made: int, fp64: bool) -> Plan:
+    return Plan(_reduce_kernel, (1,), stride, n, v, ignore_index, FROM=made, FP64=fp64, BLOCK=BLOCK, num_warps=BLOCK // 256)
+
+
 def kernel_reduce(
     each: Tensor | None,
     target: Tensor,
@@ -127,10 +133,7 @@ def kernel_reduce(
         divisor = target.new_empty((), dtype=divisor_dtype(weight, items))
     y = None if each is None else each.new_empty(())
     if y is not None or divisor is not None:
-        flat, n = target.reshape(-1), target.numel()
-        launch(
-            _reduce_kernel, (1,), target.device,
-            each, flat, weight, items, divisor, y, flat.stride(0), n, 0 if weight is None else weight.shape[0], ignore_index,
-            FROM=made.value, FP64=has_fp64(target.device), BLOCK=BLOCK, num_warps=BLOCK // 256,
-        )  # fmt: skip
+        flat, device = target.reshape(-1), target.device
+        v = 0 if weight is None else weight.shape[0]
+        _plan(flat.stride(0), len(flat), v, ignore_index, made.value, has_fp64(device))(device, each, flat, weight, items, divisor, y)
     return y, divisor

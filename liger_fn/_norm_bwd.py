@@ -10,14 +10,15 @@ twice for each row, from L2 (`AGAIN`). Wider rows: `_norm_rows.wide_bwd`.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import _launch
 from ._elementary import rounded
-from ._launch import cdiv, jit, launch, next_power_of_2, processors, tl
+from ._launch import Plan, as_rows, cdiv, jit, next_power_of_2, processors, rows_and_stride, tl
 from ._norm_rows import wide_bwd
 from ._reduce import partial, sum_rows
 
@@ -35,8 +36,7 @@ class Tile(NamedTuple):
     resident: int
 
 
-@cache
-def _tile(h: int, size: int, nvidia: bool) -> Tile:
+def _tile(h: int, size: int) -> Tile:
     """For rows of `h` columns, of which a step reads `size` bytes an element. Some 64 KB in flight saturate an H100's memory."""
     columns = next_power_of_2(h)
     rows = max(1, STEP // columns)
@@ -44,7 +44,7 @@ def _tile(h: int, size: int, nvidia: bool) -> Tile:
     if columns > HELD:
         return Tile(rows, columns, 16, 1, 1)
     stages = 4 if step * size <= 2**14 else 3 if step * size <= 2**15 else 1
-    return Tile(rows, columns, 8, stages, 1) if stages > 1 and nvidia else Tile(rows, columns, 8, 1, max(1, 2 * STEP // step))
+    return Tile(rows, columns, 8, stages, 1) if stages > 1 and _launch.NVIDIA else Tile(rows, columns, 8, 1, max(1, 2 * STEP // step))
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------------------------
@@ -113,6 +113,15 @@ def _bwd_kernel(
 # --- launch -----------------------------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(1024)
+def _plan(n: int, h: int, size: int, device: torch.device, gradient: bool, offset: float, *strides: int) -> Plan:
+    t = _tile(h, size)
+    return Plan(
+        _bwd_kernel, (min(cdiv(n, t.rows), t.resident * processors(device)),), *strides, n, h, offset,
+        ROWS=t.rows, BLOCK=t.columns, STAGES=t.stages, AGAIN=t.columns > HELD and gradient, num_warps=t.warps,
+    )  # fmt: skip
+
+
 def norm_bwd(
     dy: Tensor,
     x: Tensor,
@@ -128,23 +137,23 @@ def norm_bwd(
     ds: Tensor | None = None,
     again: Tensor | None = None,
 ) -> None:
-    """Write what is not None of dx, dw and db, from rows `[N, H]`.
+    """Write what is not None of dx, dw and db, from rows of the last axis.
 
     Where there is `add`, x is x + add; `ds` is added to dx; `again` is dx once more.
     """
-    n, h = dy.shape
-    size = x.element_size()
-    columns = next_power_of_2(h)
-    if columns > HELD and (columns > SUMMED or size > 2 or db is not None):
-        wide_bwd(dy, x if add is None else x + add, weight, rstd, dx, dw, offset=offset, mean=mean, db=db, ds=ds, again=again)
+    n, h, size = rstd.numel(), dy.shape[-1], x.element_size()
+    if h > HELD and (h > SUMMED or size > 2 or db is not None):
+        rows, ds = as_rows(x if add is None else x + add), ds if ds is None else as_rows(ds)
+        wide_bwd(as_rows(dy), rows, weight, rstd, dx, dw, offset=offset, mean=mean, db=db, ds=ds, again=again)
         return
-    t = _tile(h, size * (2 + (ds is not None) + (add is not None)), _launch.NVIDIA)
-    programs = min(cdiv(n, t.rows), t.resident * processors(dy.device))
-    dws, dbs = partial(dw, programs, rstd), partial(db, programs, rstd)
-    launch(
-        _bwd_kernel, (programs,), dy.device,
-        dy, ds, x, add, weight, mean, rstd, dx, again, dws, dbs, dy.stride(0), 0 if ds is None else ds.stride(0), x.stride(0),
-        0 if add is None else add.stride(0), n, h, offset,
-        ROWS=t.rows, BLOCK=t.columns, STAGES=t.stages, AGAIN=t.columns > HELD and dx is not None, num_warps=t.warps,
-    )  # fmt: skip
+    (dy, dy_stride), (x, stride), ds_stride, add_stride = rows_and_stride(dy), rows_and_stride(x), 0, 0
+    reads = 2
+    if ds is not None:
+        (ds, ds_stride), reads = rows_and_stride(ds), reads + 1
+    if add is not None:
+        (add, add_stride), reads = rows_and_stride(add), reads + 1
+    device = dy.device
+    plan = _plan(n, h, size * reads, device, dx is not None, offset, dy_stride, ds_stride, stride, add_stride)
+    dws, dbs = partial(dw, plan.grid[0], rstd), partial(db, plan.grid[0], rstd)
+    plan(device, dy, ds, x, add, weight, mean, rstd, dx, again, dws, dbs)
     sum_rows(dws, dw, dbs, db)

@@ -13,12 +13,10 @@ LeVeque 1983, doi:10.1080/00031305.1983.10483115. The sums over rows, dw and db,
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 from torch import Tensor
 
-from . import _launch
 from ._launch import cdiv, jit, launch, next_power_of_2, processors, tl, warps
 from ._reduce import partial, sum_rows
 
@@ -38,14 +36,9 @@ class Tile(NamedTuple):
 
 def tile(h: int) -> Tile:
     """One wide row, or several short ones."""
-    return _tile(h, _launch.MAX_WARPS)
-
-
-@cache
-def _tile(h: int, most: int) -> Tile:
     columns = next_power_of_2(h)
     rows = max(1, 2048 // columns)
-    return Tile(rows, columns, min(most, warps(rows * columns, 512 if columns <= 8192 else 1024)))
+    return Tile(rows, columns, warps(rows * columns, 512 if columns <= 8192 else 1024))
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------------------------

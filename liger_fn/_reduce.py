@@ -7,9 +7,11 @@ One launch for one such matrix or two, deterministic, rounding once to the dtype
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from torch import Tensor
 
-from ._launch import cdiv, jit, launch, tl
+from ._launch import Plan, cdiv, jit, tl
 
 ROWS, BLOCK = 128, 32  # of a program
 
@@ -40,6 +42,11 @@ def partial(out: Tensor | None, programs: int, like: Tensor) -> Tensor | None:
     return out if out is None or programs == 1 else like.new_empty(programs, out.shape[0])
 
 
+@lru_cache(1024)
+def _plan(n: int, h: int, sums: int) -> Plan:
+    return Plan(_sum_rows_kernel, (cdiv(h, BLOCK), sums), n, h, ROWS=ROWS, BLOCK=BLOCK, num_warps=8)
+
+
 def sum_rows(p: Tensor | None, out: Tensor | None, q: Tensor | None = None, also: Tensor | None = None) -> None:
     """Write `p.sum(0)` into the vector `out` and `q.sum(0)` into `also`, in their dtypes. Nothing is done for what is absent or summed."""
     if p is None or p is out:
@@ -49,4 +56,4 @@ def sum_rows(p: Tensor | None, out: Tensor | None, q: Tensor | None = None, also
     if q is also:
         q = also = None
     n, h = p.shape
-    launch(_sum_rows_kernel, (cdiv(h, BLOCK), 1 + (q is not None)), p.device, p, q, out, also, n, h, ROWS=ROWS, BLOCK=BLOCK, num_warps=8)
+    _plan(n, h, 1 if q is None else 2)(p.device, p, q, out, also)

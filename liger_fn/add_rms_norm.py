@@ -10,6 +10,7 @@ Source: Zhang & Sennrich 2019, arXiv:1910.07467.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from . import _check
 from ._check import dense, wide
-from ._launch import as_rows, cdiv, jit, launch, tl
+from ._launch import Plan, as_rows, cdiv, jit, rows_and_stride, tl
 from ._norm_bwd import norm_bwd
 from ._norm_rows import RESIDENT, WIDEST, tile, wide_fwd
 from ._vjp import Args, Needs, custom_vjp
@@ -99,6 +100,15 @@ def _fwd_kernel(
 # --- forward and backward ---------------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(1024)
+def _plan(n: int, h: int, eps: float, offset: float, llama: bool, *strides: int) -> Plan:
+    t = tile(h)
+    return Plan(
+        _fwd_kernel, (cdiv(n, t.rows),), *strides, n, h, eps, offset,
+        LLAMA=llama, ROWS=t.rows, BLOCK=t.columns, num_warps=t.warps,
+    )  # fmt: skip
+
+
 def _made(x: Tensor, weight: Tensor | None, cast: str) -> tuple[Tensor, Tensor, Tensor]:
     """y, s and rstd."""
     dtype = x.dtype if weight is None or cast == "gemma" else torch.promote_types(x.dtype, weight.dtype)
@@ -123,17 +133,12 @@ def _fwd(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str, needs: Needs
 ) -> tuple[tuple[Tensor, Tensor], Residuals]:  # fmt: skip
     y, s, rstd = _made(x, weight, cast)
-    xs, rs = as_rows(x), as_rows(residual)
-    n, h = xs.shape
-    if h > RESIDENT:
-        wide_fwd(xs, weight, y, rstd, eps, offset=offset, llama=cast == "llama", add=rs, s=s)
+    if x.shape[-1] > RESIDENT:
+        wide_fwd(as_rows(x), weight, y, rstd, eps, offset=offset, llama=cast == "llama", add=as_rows(residual), s=s)
     else:
-        t = tile(h)
-        launch(
-            _fwd_kernel, (cdiv(n, t.rows),), x.device,
-            xs, rs, weight, y, s, rstd, xs.stride(0), rs.stride(0), n, h, eps, offset,
-            LLAMA=cast == "llama", ROWS=t.rows, BLOCK=t.columns, num_warps=t.warps,
-        )  # fmt: skip
+        (xs, x_stride), (rs, res_stride) = rows_and_stride(x), rows_and_stride(residual)
+        plan = _plan(rstd.numel(), x.shape[-1], eps, offset, cast == "llama", x_stride, res_stride)
+        plan(x.device, xs, rs, weight, y, s, rstd)
     return (y, s), Residuals(s, None, None, weight, rstd, offset)
 
 
@@ -145,8 +150,8 @@ def _bwd(res: Residuals, dy: tuple[Tensor, Tensor], needs: Needs, donate: bool) 
     dx, dresidual, dw = _gradients(res, dy, (needs[0], needs[1] and not shared, needs[2]))
     first, again = (dresidual, None) if dx is None else (dx, dresidual)
     norm_bwd(
-        as_rows(dy[0]), as_rows(s if x is None else x), weight, rstd, first, dw, offset=offset,
-        add=None if residual is None else as_rows(residual), ds=None if first is None else as_rows(dy[1]), again=again,
+        dy[0], s if x is None else x, weight, rstd, first, dw, offset=offset,
+        add=residual, ds=None if first is None else dy[1], again=again,
     )  # fmt: skip
     return dx, dx if shared else dresidual, dw
 

@@ -13,17 +13,17 @@ Residuals: x, w, b (for its dtype), and m and r in fp32, one of each per sample 
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _check, _launch
+from . import _check
 from ._check import wide
 from ._group_rows import Shape, about, centred, gradient, large_bwd, large_fwd, scaled
-from ._launch import cdiv, jit, launch, next_power_of_2, processors, tl, warps
+from ._launch import Plan, cdiv, jit, next_power_of_2, processors, tl, warps
 from ._reduce import sum_rows
 from ._vjp import Args, Needs, custom_vjp
 
@@ -179,17 +179,38 @@ class _Tile(NamedTuple):
     resident: int
 
 
+@lru_cache(1024)
 def _tile(d: int, s: int) -> _Tile:
     """One group, or several small ones."""
-    return _tiled(d, s, min(WARPS, _launch.MAX_WARPS))
-
-
-@cache
-def _tiled(d: int, s: int, most: int) -> _Tile:
     channels, spatial = next_power_of_2(d), next_power_of_2(s)
     size = channels * spatial
     rows = max(1, 2048 // size)
-    return _Tile(rows, channels, spatial, min(most, warps(rows * size, PER_WARP)), max(1, min(4, 8192 // (rows * size))))
+    return _Tile(rows, channels, spatial, min(WARPS, warps(rows * size, PER_WARP)), max(1, min(4, 8192 // (rows * size))))
+
+
+@lru_cache(1024)
+def _fwd_plan(sh: Shape, eps: float) -> Plan:
+    t, rows = _tile(sh.d, sh.s), sh.n * sh.groups
+    return Plan(
+        _fwd_kernel, (cdiv(rows, t.rows),), rows, sh.groups, sh.d, sh.s, eps,
+        ROWS=t.rows, CHANNELS=t.channels, SPATIAL=t.spatial, num_warps=t.warps,
+    )  # fmt: skip
+
+
+@lru_cache(1024)
+def _bwd_plan(sh: Shape, device: torch.device) -> tuple[Plan, int]:
+    """The plan, and how many sums of each channel it makes."""
+    t = _tile(sh.d, sh.s)
+    groups = min(t.rows, next_power_of_2(sh.groups))
+    samples, blocks = t.rows // groups, cdiv(sh.groups, groups)
+    # A program's part sums are few beside what it reads, unless channels are short: then it takes several samples.
+    programs = t.resident * processors(device) * (1 if sh.s < 16 else 4)
+    parts = min(cdiv(sh.n, samples), cdiv(programs, blocks))
+    plan = Plan(
+        _bwd_kernel, (blocks, parts), sh.n, sh.groups, sh.d, sh.s,
+        SAMPLES=samples, GROUPS=groups, CHANNELS=t.channels, SPATIAL=t.spatial, num_warps=t.warps,
+    )  # fmt: skip
+    return plan, parts * samples
 
 
 def _held(sh: Shape, most: int) -> bool:
@@ -216,13 +237,7 @@ def _fwd(
     y, mean, rstd = _outputs(x, weight, bias, num_groups, eps, needs)
     sh, flat = _shape(x, num_groups), x.contiguous()
     if _held(sh, FWD_MOST):
-        t = _tile(sh.d, sh.s)
-        rows = sh.n * num_groups
-        launch(
-            _fwd_kernel, (cdiv(rows, t.rows),), x.device,
-            flat, weight, bias, y, mean, rstd, rows, num_groups, sh.d, sh.s, eps,
-            ROWS=t.rows, CHANNELS=t.channels, SPATIAL=t.spatial, num_warps=t.warps,
-        )  # fmt: skip
+        _fwd_plan(sh, eps)(x.device, flat, weight, bias, y, mean, rstd)
     else:
         large_fwd(flat, weight, bias, y, mean, rstd, eps, sh)
     return y, Residuals(x, weight, bias, mean, rstd, num_groups)
@@ -235,18 +250,9 @@ def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor
     if not _held(sh, BWD_MOST):
         large_bwd(dy, flat, weight, mean, rstd, dx, dw, db, sh)
         return dx, dw, db
-    t = _tile(sh.d, sh.s)
-    groups = min(t.rows, next_power_of_2(sh.groups))
-    samples, blocks = t.rows // groups, cdiv(sh.groups, groups)
-    # A program's part sums are few beside what it reads, unless channels are short: then it takes several samples.
-    programs = t.resident * processors(x.device) * (1 if sh.s < 16 else 4)
-    parts = min(cdiv(sh.n, samples), cdiv(programs, blocks))
-    dws, dbs = [out if out is None else rstd.new_empty(parts * samples, sh.c) for out in (dw, db)]
-    launch(
-        _bwd_kernel, (blocks, parts), x.device,
-        dy, flat, weight, mean, rstd, dx, dws, dbs, sh.n, num_groups, sh.d, sh.s,
-        SAMPLES=samples, GROUPS=groups, CHANNELS=t.channels, SPATIAL=t.spatial, num_warps=t.warps,
-    )  # fmt: skip
+    plan, sums = _bwd_plan(sh, x.device)
+    dws, dbs = [out if out is None else rstd.new_empty(sums, sh.c) for out in (dw, db)]
+    plan(x.device, dy, flat, weight, mean, rstd, dx, dws, dbs)
     sum_rows(dws, dw, dbs, db)
     return dx, dw, db
 

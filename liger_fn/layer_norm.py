@@ -8,6 +8,7 @@ Residuals: x, w, b (for its dtype), and m and r in fp32, one of each per row. So
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from . import _check
 from ._check import wide
-from ._launch import as_rows, cdiv, jit, launch, tl
+from ._launch import Plan, as_rows, cdiv, jit, rows_and_stride, tl
 from ._norm_bwd import norm_bwd
 from ._norm_rows import RESIDENT, WIDEST, tile, wide_fwd
 from ._vjp import Args, Needs, custom_vjp
@@ -90,6 +91,12 @@ def _fwd_kernel(x_ptr, w_ptr, b_ptr, y_ptr, m_ptr, r_ptr, stride, N, H, eps, ROW
 # --- forward and backward ---------------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(1024)
+def _plan(n: int, h: int, eps: float, stride: int) -> Plan:
+    t = tile(h)
+    return Plan(_fwd_kernel, (cdiv(n, t.rows),), stride, n, h, eps, ROWS=t.rows, BLOCK=t.columns, num_warps=t.warps)
+
+
 def _outputs(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     n, dtype = prod(x.shape[:-1]), _check.wide_dtype(x)
@@ -105,23 +112,17 @@ def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None,
 
 def _fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, needs: Needs) -> tuple[Tensor, Residuals]:
     y, mean, rstd = _outputs(x, weight, bias, eps, needs)
-    rows = as_rows(x)
-    n, h = rows.shape
-    if h > RESIDENT:
-        wide_fwd(rows, weight, y, rstd, eps, bias=bias, mean=mean)
+    if x.shape[-1] > RESIDENT:
+        wide_fwd(as_rows(x), weight, y, rstd, eps, bias=bias, mean=mean)
     else:
-        t = tile(h)
-        launch(
-            _fwd_kernel, (cdiv(n, t.rows),), x.device,
-            rows, weight, bias, y, mean, rstd, rows.stride(0), n, h, eps,
-            ROWS=t.rows, BLOCK=t.columns, num_warps=t.warps,
-        )  # fmt: skip
+        rows, stride = rows_and_stride(x)
+        _plan(rstd.numel(), x.shape[-1], eps, stride)(x.device, rows, weight, bias, y, mean, rstd)
     return y, Residuals(x, weight, bias, mean, rstd)
 
 
 def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor | None, ...]:
     dx, dw, db = _gradients(res, dy, needs)
-    norm_bwd(as_rows(dy), as_rows(res.x), res.weight, res.rstd, dx, dw, mean=res.mean, db=db)
+    norm_bwd(dy, res.x, res.weight, res.rstd, dx, dw, mean=res.mean, db=db)
     return dx, dw, db
 
 

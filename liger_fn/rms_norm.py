@@ -8,6 +8,7 @@ Residuals: x, w, and r in fp32, one per row. Source: Zhang & Sennrich 2019, arXi
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from . import _check
 from ._check import wide
-from ._launch import as_rows, cdiv, jit, launch, tl
+from ._launch import Plan, as_rows, cdiv, jit, rows_and_stride, tl
 from ._norm_bwd import norm_bwd
 from ._norm_rows import RESIDENT, WIDEST, tile, wide_fwd
 from ._vjp import Args, Needs, custom_vjp
@@ -93,6 +94,15 @@ def _fwd_kernel(x_ptr, w_ptr, y_ptr, r_ptr, stride, N, H, eps, offset, LLAMA: tl
 # --- forward and backward ---------------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(1024)
+def _plan(n: int, h: int, eps: float, offset: float, llama: bool, stride: int) -> Plan:
+    t = tile(h)
+    return Plan(
+        _fwd_kernel, (cdiv(n, t.rows),), stride, n, h, eps, offset,
+        LLAMA=llama, ROWS=t.rows, BLOCK=t.columns, num_warps=t.warps,
+    )  # fmt: skip
+
+
 def _outputs(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str, needs: Needs) -> tuple[Tensor, Tensor]:
     dtype = x.dtype if weight is None or cast == "gemma" else torch.promote_types(x.dtype, weight.dtype)
     y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
@@ -107,23 +117,17 @@ def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None,
 
 def _fwd(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str, needs: Needs) -> tuple[Tensor, Residuals]:
     y, rstd = _outputs(x, weight, eps, offset, cast, needs)
-    rows = as_rows(x)
-    n, h = rows.shape
-    if h > RESIDENT:
-        wide_fwd(rows, weight, y, rstd, eps, offset=offset, llama=cast == "llama")
+    if x.shape[-1] > RESIDENT:
+        wide_fwd(as_rows(x), weight, y, rstd, eps, offset=offset, llama=cast == "llama")
     else:
-        t = tile(h)
-        launch(
-            _fwd_kernel, (cdiv(n, t.rows),), x.device,
-            rows, weight, y, rstd, rows.stride(0), n, h, eps, offset,
-            LLAMA=cast == "llama", ROWS=t.rows, BLOCK=t.columns, num_warps=t.warps,
-        )  # fmt: skip
+        rows, stride = rows_and_stride(x)
+        _plan(rstd.numel(), x.shape[-1], eps, offset, cast == "llama", stride)(x.device, rows, weight, y, rstd)
     return y, Residuals(x, weight, rstd, offset, cast)
 
 
 def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor | None, Tensor | None]:
     dx, dw = _gradients(res, dy, needs)
-    norm_bwd(as_rows(dy), as_rows(res.x), res.weight, res.rstd, dx, dw, offset=res.offset)
+    norm_bwd(dy, res.x, res.weight, res.rstd, dx, dw, offset=res.offset)
     return dx, dw
 
 

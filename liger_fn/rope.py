@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import _check
 from ._check import wide
-from ._launch import launch, next_power_of_2, warps
+from ._launch import Plan, next_power_of_2, warps
 from ._rope_kernels import _rope_kernel
 from ._vjp import Args, Needs, Op, custom_vjp
 
@@ -121,18 +121,10 @@ def _gradients(res: Residuals, dy: tuple[Tensor, Tensor], needs: Needs) -> tuple
     return tuple(_alike(d) if n else None for d, n in zip(dy, needs, strict=True))
 
 
-class _Plan(NamedTuple):
-    """One launch: the programs, the numbers behind the pointers, and the options."""
-
-    grid: tuple[int]
-    numbers: tuple[int, ...]
-    meta: dict[str, Any]
-
-
 @lru_cache(1024)
 def _plan(
     shapes: tuple[Any, Any], strides: tuple[tuple[int, ...], ...], tables: tuple[tuple[int, ...], ...], width: int, how: Any, backward: bool
-) -> _Plan:
+) -> Plan:
     """How a call is cut, from the shapes of q and k, and the strides of q, k, their results, cos and sin."""
     layout, h, dim, turned, order, first, second, _ = how
     some = shapes[0] or shapes[1]
@@ -143,15 +135,11 @@ def _plan(
     columns, passed = next_power_of_2(half), next_power_of_2(rest) if rest else 0
     (*_, a, b, c), (*_, d, e, f) = tables
     sections = (tables[0][0], tables[1][0]) if order else (0, 0)
-    return _Plan(
-        (some[0] * length,),
-        (*each, a, b, c, d, e, f, *sections, length, *heads, half, rest, first, second),
-        {
-            "BACKWARD": backward, "PAIRS": layout == "interleaved", "DENSE": strides[0][3] == strides[1][3] == c == f == 1,
-            "WHOLE": width == turned, "SECTIONS": order != "", "THREES": order == "interleaved",
-            "QH": tiles[0], "KH": tiles[1], "D": columns, "REST": passed,
-            "num_warps": warps(max(tiles) * max(columns, passed // 2), PER_WARP),
-        },
+    return Plan(
+        _rope_kernel, (some[0] * length,), *each, a, b, c, d, e, f, *sections, length, *heads, half, rest, first, second,
+        BACKWARD=backward, PAIRS=layout == "interleaved", DENSE=strides[0][3] == strides[1][3] == c == f == 1, WHOLE=width == turned,
+        SECTIONS=order != "", THREES=order == "interleaved", QH=tiles[0], KH=tiles[1], D=columns, REST=passed,
+        num_warps=warps(max(tiles) * max(columns, passed // 2), PER_WARP),
     )  # fmt: skip
 
 
@@ -168,8 +156,7 @@ def _rotate(q: Tensor | None, k: Tensor | None, yq: Tensor | None, yk: Tensor | 
     every = q, k, yq, yk
     strides = tuple([_ABSENT if t is None else t.stride() for t in every])
     shapes = None if q is None else q.shape, None if k is None else k.shape
-    plan = _plan(shapes, strides, (cos.stride(), sin.stride()), cos.shape[-1], res[2:], backward)
-    launch(_rope_kernel, plan.grid, cos.device, *every, cos, sin, *plan.numbers, **plan.meta)
+    _plan(shapes, strides, (cos.stride(), sin.stride()), cos.shape[-1], res[2:], backward)(cos.device, *every, cos, sin)
 
 
 def _fwd(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *how: Any, needs: Needs) -> tuple[tuple[Tensor, Tensor], Residuals]:

@@ -10,7 +10,7 @@ Source: Milakov & Gimelshein 2018, arXiv:1805.02867 (the sum in one pass).
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from . import _check
 from ._check import wide
 from ._elementary import exp
-from ._launch import cdiv, jit, launch, next_power_of_2, rows_and_stride, tl, warps
+from ._launch import Plan, cdiv, jit, next_power_of_2, rows_and_stride, tl, warps
 from ._vjp import Args, Needs, custom_vjp
 
 RESIDENT = 16384  # columns that a program holds; longer rows are read twice, the second time from L2
@@ -137,20 +137,15 @@ def _wide_bwd_kernel(dy_ptr, x_ptr, s_ptr, dx_ptr, dy_stride, stride, H, EXACT: 
 # --- forward and backward ---------------------------------------------------------------------------------------------------------------
 
 
-class _Tile(NamedTuple):
-    """The rows and columns that a program holds, and its warps."""
-
-    rows: int
-    columns: int
-    warps: int
-
-
-@cache
-def _tile(h: int) -> _Tile:
-    """One long row, or several short ones."""
+@lru_cache(1024)
+def _plan(n: int, h: int, exact: bool, backward: bool, *strides: int) -> Plan:
+    """One long row to a program, or several short ones."""
     columns = min(next_power_of_2(h), RESIDENT)
     rows = max(1, 2048 // columns)
-    return _Tile(rows, columns, warps(rows * columns, PER_WARP))
+    meta = {"EXACT": exact, "BLOCK": columns, "num_warps": warps(rows * columns, PER_WARP)}
+    if h > RESIDENT:
+        return Plan(_wide_bwd_kernel if backward else _wide_fwd_kernel, (n,), *strides, h, **meta)
+    return Plan(_bwd_kernel if backward else _fwd_kernel, (cdiv(n, rows),), *strides, n, h, ROWS=rows, **meta)
 
 
 def _outputs(x: Tensor, needs: Needs) -> tuple[Tensor, Tensor]:
@@ -165,15 +160,7 @@ def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None]
 def _fwd(x: Tensor, needs: Needs) -> tuple[Tensor, Residuals]:
     y, stats = _outputs(x, needs)
     rows, stride = rows_and_stride(x)
-    n, h = stats.shape[0], x.shape[-1]
-    tile, exact = _tile(h), x.dtype is torch.float32
-    if h <= RESIDENT:
-        launch(
-            _fwd_kernel, (cdiv(n, tile.rows),), x.device, rows, y, stats, stride, n, h,
-            ROWS=tile.rows, EXACT=exact, BLOCK=tile.columns, num_warps=tile.warps,
-        )  # fmt: skip
-    else:
-        launch(_wide_fwd_kernel, (n,), x.device, rows, y, stats, stride, h, EXACT=exact, BLOCK=tile.columns, num_warps=tile.warps)
+    _plan(stats.shape[0], x.shape[-1], x.dtype is torch.float32, False, stride)(x.device, rows, y, stats)
     return y, Residuals(x, stats)
 
 
@@ -183,18 +170,7 @@ def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[Tensor
         return (None,)
     x, stats = res
     (rows, stride), (dys, dy_stride) = rows_and_stride(x), rows_and_stride(dy)
-    n, h = stats.shape[0], x.shape[-1]
-    tile, exact = _tile(h), x.dtype is torch.float32
-    if h <= RESIDENT:
-        launch(
-            _bwd_kernel, (cdiv(n, tile.rows),), dy.device, dys, rows, stats, dx, dy_stride, stride, n, h,
-            ROWS=tile.rows, EXACT=exact, BLOCK=tile.columns, num_warps=tile.warps,
-        )  # fmt: skip
-    else:
-        launch(
-            _wide_bwd_kernel, (n,), dy.device, dys, rows, stats, dx, dy_stride, stride, h,
-            EXACT=exact, BLOCK=tile.columns, num_warps=tile.warps,
-        )  # fmt: skip
+    _plan(stats.shape[0], x.shape[-1], x.dtype is torch.float32, True, dy_stride, stride)(x.device, dys, rows, stats, dx)
     return (dx,)
 
 

@@ -111,10 +111,21 @@ def as_on_amd(table: Table, case: Case, dtype: torch.dtype) -> list[_launch.Laun
     """The same launches on a GPU whose warps are 64 wide, of which a block has at most 16."""
     here = _launch.MAX_WARPS, _launch.NVIDIA
     _launch.MAX_WARPS, _launch.NVIDIA = 16, False
+    _forget_plans()
     try:
         return launches(table, case, dtype)
     finally:
         _launch.MAX_WARPS, _launch.NVIDIA = here
+        _forget_plans()
+
+
+def _forget_plans() -> None:
+    """They were made for the GPU that this process has."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("liger_fn"):
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
 
 
 def compile_for(one: Job, target: str) -> Usage:

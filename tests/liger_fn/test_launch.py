@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,7 +53,8 @@ HOOKS = SimpleNamespace(calls=[]), SimpleNamespace(calls=[])
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> _Kernel:
     monkeypatch.setattr(_launch, "NVIDIA", True)
-    monkeypatch.setattr(_launch, "_ready", {})
+    monkeypatch.setattr(_launch, "_plans", {})
+    monkeypatch.setattr(_launch, "_current", lambda device: lambda: device.index)
     monkeypatch.setattr(_launch, "_HOOKS", HOOKS)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: f"stream of {device}", raising=False)
     return _Kernel()
@@ -64,7 +67,7 @@ ODD = torch.zeros(65)[1:]
 def _go(
     kernel: Any, x: Any = X, y: Any = None, n: int = 64, block: int = 32, warps: int = 4, grid: tuple[int, ...] = (2,), gpu: int = 0
 ) -> None:
-    _launch._launch(kernel, grid, gpu, (x, y, n), {"BLOCK": block, "num_warps": warps})
+    _launch.launch(kernel, grid, torch.device("cuda", gpu), x, y, n, BLOCK=block, num_warps=warps)
 
 
 def test_the_second_launch_is_direct_with_its_own_tensors(kernel: _Kernel) -> None:
@@ -111,9 +114,32 @@ def test_another_specialisation_asks_triton_again(kernel: _Kernel, change: dict[
 
 
 def test_shapes_without_end_do_not_fill_memory(kernel: _Kernel) -> None:
-    for n in range(2 * _launch._READY_AT_MOST):
+    for n in range(2 * _launch._PLANS_AT_MOST):
         _go(kernel, n=n)
-    assert len(_launch._ready) <= _launch._READY_AT_MOST
+    assert len(_launch._plans) <= _launch._PLANS_AT_MOST
+
+
+def test_an_empty_grid_launches_nothing(kernel: _Kernel) -> None:
+    _go(kernel, grid=(2, 0))
+    assert kernel.asked == []
+
+
+def test_a_device_is_current_while_its_kernel_is_launched(kernel: _Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0]
+
+    @contextmanager
+    def device(other: torch.device) -> Iterator[None]:
+        before, now[0] = now[0], other.index
+        yield
+        now[0] = before
+
+    monkeypatch.setattr(_launch, "_current", lambda device: lambda: now[0])
+    monkeypatch.setattr(_launch, "_module", lambda kind: SimpleNamespace(device=device))
+    launched_on: list[int] = []
+    monkeypatch.setattr(_Compiled, "run", lambda *args: launched_on.append(now[0]))
+    for _ in range(2):
+        _go(kernel, gpu=1)
+    assert (now, launched_on) == ([0], [1])
 
 
 @pytest.mark.gpu
