@@ -133,7 +133,7 @@ def kernel_reduce(
         divisor = target.new_empty((), dtype=divisor_dtype(weight, items))
     y = None if each is None else each.new_empty(())
     if y is not None or divisor is not None:
-        flat, device = target.reshape(-1), target.device
+        flat, device = target if target.dim() == 1 else target.reshape(-1), target.device
         v = 0 if weight is None else weight.shape[0]
         _plan(flat.stride(0), len(flat), v, ignore_index, made.value, has_fp64(device))(device, each, flat, weight, items, divisor, y)
     return y, divisor

@@ -107,12 +107,21 @@ def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None]
     return (dense(res.logits) if needs[0] else None,)
 
 
+def _matrix(t: Tensor) -> Tensor:
+    """The rows of the last axis."""
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+def _vector(t: Tensor) -> Tensor:
+    return t if t.dim() == 1 else t.reshape(-1)
+
+
 def _fwd(
     logits: Tensor, target: Tensor, weight: Tensor | None, num_items: Tensor | None,
     ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, reduction: str, return_aux: bool, donate: bool,
     needs: Needs, parts: Parts,
 ) -> tuple[Tensor, Residuals]:  # fmt: skip
-    v, flat = logits.shape[-1], target.reshape(-1)
+    v, flat = logits.shape[-1], _vector(target)
     check_targets("cross_entropy", flat, ignore_index, v)
     n = target.numel()
     stats = logits.new_empty(n, 2, dtype=_check.wide_dtype(logits))
@@ -122,8 +131,8 @@ def _fwd(
     donate = donate and needs[0] and reduction != "none" and logits.is_contiguous() and logits.dtype is not torch.float16
     divisor = parts.reduce(None, *over)[1] if donate else None
     parts.rows(
-        logits.reshape(-1, v), flat, ignore_index, Terms(weight, label_smoothing, z_loss, softcap), stats=stats, loss=each, aux=aux,
-        grad=logits.view(-1, v) if donate else None, divisor=divisor,
+        _matrix(logits), flat, ignore_index, Terms(weight, label_smoothing, z_loss, softcap), stats=stats, loss=each, aux=aux,
+        grad=_matrix(logits) if donate else None, divisor=divisor,
     )  # fmt: skip
     if donate:
         torch.autograd.graph.increment_version(logits)  # whoever kept the logits for a backward of their own must hear of it
@@ -144,11 +153,10 @@ def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, parts: Parts) -
         return (out,)
     (dlogits,) = _gradients(res, dy, needs)
     assert dlogits is not None
-    v = res.logits.shape[-1]
     parts.rows(
-        res.logits.reshape(-1, v), res.target.reshape(-1), res.ignore_index,
+        _matrix(res.logits), _vector(res.target), res.ignore_index,
         Terms(res.weight, res.label_smoothing, res.z_loss, res.softcap), stats=res.stats,
-        grad=dlogits.view(-1, v), scale=dy.reshape(-1), divisor=res.divisor if res.reduction == "mean" else None,
+        grad=_matrix(dlogits), scale=_vector(dy), divisor=res.divisor if res.reduction == "mean" else None,
     )  # fmt: skip
     return (dlogits,)
 
