@@ -199,17 +199,17 @@ def _plan(
     """For `n` rows of `v` logits of `size` bytes, by whether the loss is read from them, and the gradient written. Chosen on an H100.
 
     Statistics are of as many columns as a thread loads at once. A gradient alone is cut in parts of two blocks, so that the last rows do
-    not leave the GPU half empty. With both in one launch, L2 must still hold a row at its second reading: of long rows few are in flight.
+    not leave the GPU half empty. A long row's loss and gradient in one launch need two programs on a multiprocessor at once, for 16-bit
+    logits 32 registers a thread, which leave none for such statistics, and rows of theirs that L2 still holds at the second reading.
     """
-    columns = 8192
-    if writes:
-        columns = 16384 if size > 2 or v <= 16384 or not reads else 32768 if v > 65536 else 8192
+    columns = 8192 if not writes or (reads and 16384 < v <= 65536) else 16384
     block = min(next_power_of_2(v), columns)
+    width = block if reads and writes and v > columns else min(block, 16 // size)
     parts = 1 if reads else max(1, cdiv(v, block) // 2)
-    limit = registers(32 if writes and size == 2 and columns < min(v, 32768) else None)
+    limit = registers(32 if writes and size == 2 and v > columns else None)
     return Plan(
         _rows_kernel, (n * parts,), *strides, v, ignore_index, smoothing, z, cap, SMOOTH=smoothing != 0.0, CAP=cap != 0.0, EXACT=size == 4,
-        BLOCK=block, WIDTH=min(block, 16 // size), PARTS=parts, num_warps=warps(block, 512, least=4), **limit,
+        BLOCK=block, WIDTH=width, PARTS=parts, num_warps=warps(block, 512, least=4), **limit,
     )  # fmt: skip
 
 

@@ -34,11 +34,11 @@ class Tile(NamedTuple):
     warps: int
 
 
-def tile(h: int) -> Tile:
-    """One wide row, or several short ones."""
+def tile(h: int, per_warp: int = 512) -> Tile:
+    """One wide row, or several short ones; of neither does a warp hold as little as `per_warp` elements (H100)."""
     columns = next_power_of_2(h)
     rows = max(1, 2048 // columns)
-    return Tile(rows, columns, warps(rows * columns, 512 if columns <= 8192 else 1024))
+    return Tile(rows, columns, warps(rows * columns, per_warp if 1024 <= columns <= 8192 else 1024))
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------------------------

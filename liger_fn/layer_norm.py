@@ -93,7 +93,7 @@ def _fwd_kernel(x_ptr, w_ptr, b_ptr, y_ptr, m_ptr, r_ptr, stride, N, H, eps, ROW
 
 @lru_cache(1024)
 def _plan(n: int, h: int, eps: float, stride: int) -> Plan:
-    t = tile(h)
+    t = tile(h, 1024)  # more warps would wait for each other in three sums
     return Plan(_fwd_kernel, (cdiv(n, t.rows),), stride, n, h, eps, ROWS=t.rows, BLOCK=t.columns, num_warps=t.warps)
 
 

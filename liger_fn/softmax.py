@@ -67,12 +67,12 @@ def _fwd_kernel(x_ptr, y_ptr, s_ptr, stride, N, H, ROWS: tl.constexpr, EXACT: tl
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)[None, :]
     keep = (row < N)[:, None] & (col < H)
-    x = tl.load(x_ptr + row[:, None] * stride + col, mask=keep, other=float("-inf")).to(tl.float32)
+    x = tl.load(x_ptr + row[:, None] * stride + col, mask=keep, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
     top = tl.max(x, 1)
     e = exp(x - top[:, None], EXACT)
     total = tl.sum(e, 1)
     y = tl.div_rn(e, total[:, None] + tl.zeros((ROWS, BLOCK), tl.float32))
-    tl.store(y_ptr + row[:, None] * H + col, y.to(y_ptr.dtype.element_ty), mask=keep)
+    tl.store(y_ptr + row[:, None] * H + col, y.to(y_ptr.dtype.element_ty), mask=keep, cache_modifier=".cs")
     tl.store(s_ptr + 2 * row, top, mask=row < N)
     tl.store(s_ptr + 2 * row + 1, total, mask=row < N)
 
@@ -84,13 +84,13 @@ def _bwd_kernel(dy_ptr, x_ptr, s_ptr, dx_ptr, dy_stride, stride, N, H, ROWS: tl.
     keep = (row < N)[:, None] & (col < H)
     top = tl.load(s_ptr + 2 * row, mask=row < N, other=0.0)[:, None]
     total = tl.load(s_ptr + 2 * row + 1, mask=row < N, other=1.0)[:, None]
-    x = tl.load(x_ptr + row[:, None] * stride + col, mask=keep, other=float("-inf")).to(tl.float32)
-    dy = tl.load(dy_ptr + row[:, None] * dy_stride + col, mask=keep, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row[:, None] * stride + col, mask=keep, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
+    dy = tl.load(dy_ptr + row[:, None] * dy_stride + col, mask=keep, other=0.0, eviction_policy="evict_first").to(tl.float32)
     e = exp(x - top, EXACT)
     dy -= tl.div_rn(tl.sum(e * dy, 1)[:, None], total)
     dy -= tl.div_rn(tl.sum(e * dy, 1)[:, None], total)
     dx = tl.div_rn(e, total + tl.zeros((ROWS, BLOCK), tl.float32)) * dy
-    tl.store(dx_ptr + row[:, None] * H + col, dx.to(dx_ptr.dtype.element_ty), mask=keep)
+    tl.store(dx_ptr + row[:, None] * H + col, dx.to(dx_ptr.dtype.element_ty), mask=keep, cache_modifier=".cs")
 
 
 @jit
