@@ -272,12 +272,12 @@ def overwritten(tensors: Sequence[Tensor]) -> None:
 
 
 def number(op: str, name: str, value: Any) -> float:
-    """`value` as a float. A tensor is refused: reading it would make the host wait."""
+    """`value` as a float, −0 as 0. A tensor is refused: reading it would make the host wait."""
     if type(value) is float:
-        return value
+        return value + 0.0
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{op}: {name} must be a Python number, got {type(value).__name__}; multiply by a tensor outside of {op}")
-    return float(value)
+    return float(value) + 0.0
 
 
 def flag(op: str, name: str, value: Any) -> bool:

@@ -106,7 +106,7 @@ class Plan:
             ready(tensors)
             return
         compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.meta)
-        if NVIDIA:  # elsewhere Triton compiles by more than the alignment of a pointer
+        if NVIDIA and not INTERPRETED:  # elsewhere Triton compiles by more than the alignment of a pointer, or not at all
             self._ready[seen] = self._direct(compiled, index)
 
     def _slowly(self, tensors: tuple[Tensor | None, ...]) -> None:

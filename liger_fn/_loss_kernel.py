@@ -146,7 +146,7 @@ def _rows_kernel(
             tl.store(aux_ptr + row, top + rest)
             tl.store(aux_ptr + rows + row, log_p)
             tl.store(aux_ptr + 2 * rows + row, entropy)
-            tl.store(aux_ptr + 3 * rows + row, tl.where(counted & (a_y == top), 1.0, 0.0))
+            tl.store(aux_ptr + 3 * rows + row, tl.where(counted & (a_y == top) & (loss == loss), 1.0, 0.0))
     else:
         top = tl.load(stats_ptr + 2 * row)
         rest = tl.load(stats_ptr + 2 * row + 1)

@@ -118,7 +118,8 @@ def plain_rows(
     whole = smoothing / v * (v if weight is None else weight.sum())
     if loss is not None:
         top = a.amax(-1)
-        others = torch.exp(a - top.unsqueeze(-1)).scatter_(-1, at, 0.0).sum(-1)
+        shift = torch.where(top == -torch.inf, 0.0, top).unsqueeze(-1)
+        others = torch.exp(a - shift).scatter_(-1, at, 0.0).sum(-1)
         stats[:, 0] = top
         stats[:, 1] = torch.where(a_y == top, others.log1p(), torch.log(others + torch.exp(a_y - top)))
         nll = stats[:, 1] - (a_y - top)
@@ -132,7 +133,7 @@ def plain_rows(
             d = a - top.unsqueeze(-1)
             e = torch.exp(d)
             entropy = stats[:, 1] - torch.where(e > 0, e * d, 0.0).sum(-1) / e.sum(-1)
-            aux.copy_(torch.stack((stats.sum(-1), -nll, entropy, (a_y == top).to(a.dtype))))
+            aux.copy_(torch.stack((stats.sum(-1), -nll, entropy, ((a_y == top) & (loss == loss)).to(a.dtype))))
             aux[:3].masked_fill_(~counted, 0.0).masked_fill_(wrong, torch.nan)
             aux[3].masked_fill_(~counted | wrong, 0.0)
     if grad is not None:

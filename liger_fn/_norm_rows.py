@@ -35,7 +35,7 @@ class Tile(NamedTuple):
 
 
 def tile(h: int, per_warp: int = 512) -> Tile:
-    """One wide row, or several short ones; of neither does a warp hold as little as `per_warp` elements (H100)."""
+    """One wide row, or several short ones. A warp holds `per_warp` elements of rows of 1024 to 8192, and 1024 of others (H100)."""
     columns = next_power_of_2(h)
     rows = max(1, 2048 // columns)
     return Tile(rows, columns, warps(rows * columns, per_warp if 1024 <= columns <= 8192 else 1024))

@@ -135,7 +135,7 @@ class Op(Generic[P, R]):
         self._check_cotangent(residuals, dy)
         tensors = [t for t in residuals if isinstance(t, Tensor)]
         with torch.no_grad():
-            run = self.composable.bwd if self.composes(tensors) else self.run_bwd
+            run = self.composable.bwd if self.composes((*tensors, *(dy if self.n_out > 1 else (dy,)))) else self.run_bwd
             return run(choose(tensors[0], self.name), residuals, dy, (True,) * self.diff if needs is None else needs, donate)
 
     def _check_cotangent(self, residuals: Any, dy: Any) -> None:
@@ -182,11 +182,14 @@ class Op(Generic[P, R]):
 
     @staticmethod
     def composes(tensors: Any) -> bool:
-        """Must this call be made of operators that others can see: compilers, transforms, dispatch modes, tensor subclasses?"""
+        """Must this call be made of operators that others can see: compilers, transforms, dispatch modes, tensor subclasses?
+
+        Or that PyTorch hands numbers to: those of a negative view, such as `z.conj().imag`, have another sign in memory.
+        """
         if _is_compiling() or _transforming() or _modes() > 0:
             return True
         for t in tensors:  # noqa: SIM110
-            if type(t) not in _PLAIN and t is not None:
+            if t is not None and (type(t) not in _PLAIN or t.is_neg()):
                 return True
         return False
 

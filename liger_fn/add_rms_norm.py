@@ -210,4 +210,4 @@ def add_rms_norm(
         weight = weight.contiguous()
     _check.same_device("add_rms_norm", x, residual=residual, weight=weight)
     _check.choice("add_rms_norm", "cast", cast, ("llama", "gemma", "none"))
-    return x, residual, weight, float(eps), float(offset), cast
+    return x, residual, weight, float(eps), float(offset) + 0.0, cast

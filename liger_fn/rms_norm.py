@@ -179,4 +179,4 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offs
         _check.same_device("rms_norm", x, weight=weight)
         weight = weight.contiguous()
     _check.choice("rms_norm", "cast", cast, ("llama", "gemma", "none"))
-    return x, weight, float(eps), float(offset), cast
+    return x, weight, float(eps), float(offset) + 0.0, cast

@@ -105,6 +105,18 @@ class Contract(Composes):
         s.cots = tuple(torch.full((), 0.75, dtype=c.dtype, device=device).expand(c.shape) for c in s.cots)
         self.judge([s])
 
+    def test_negative_views(self, backend: str, device: torch.device) -> None:
+        """Tensors whose numbers have another sign in memory, as `z.conj().imag` has."""
+        s = self.sample(device)
+        s.inputs = {k: torch._neg_view(-t) if t is not None and t.is_floating_point() else t for k, t in s.inputs.items()}
+        s.cots = tuple(torch._neg_view(-c) for c in s.cots)
+        assert s.tensors[0].is_neg()
+        self.judge([s])
+        plain = self.sample(device)
+        _, residuals = s.op.fwd(**plain.inputs, **s.options)
+        got, want = (s.op.bwd(residuals, cots if len(cots) > 1 else cots[0]) for cots in (s.cots, plain.cots))
+        assert_same_bits(got, want, "gradients of a negative cotangent")
+
     def test_float64_against_finite_differences(self, device: torch.device) -> None:
         s = Sample(self.table, self.table.sized(2), FP64, device)
         leaves = [t.requires_grad_() for t in s.tensors]

@@ -22,7 +22,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def bits(t: Tensor) -> Tensor:
     """The memory of `t` as integers: NaN equals itself here, and 0 differs from −0."""
-    return t.detach().contiguous().view(_BITS[t.element_size()])
+    return t.detach().resolve_neg().contiguous().view(_BITS[t.element_size()])
 
 
 def assert_same_bits(got: Sequence[Tensor | None], want: Sequence[Tensor | None], what: str) -> None:

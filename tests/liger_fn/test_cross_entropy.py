@@ -275,6 +275,17 @@ def _donating(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple
     return x, target
 
 
+def test_aux_of_hostile_rows(backend: str, device: torch.device) -> None:
+    """All −inf: lse is −inf. NaN beside the target, which has the maximum of the rest: nothing is known, and it is not correct."""
+    logits, target = torch.zeros(2, 63, device=device), torch.full((2,), 5, device=device)
+    logits[0], logits[1, 5], logits[1, 40] = -math.inf, 9.0, math.nan
+    loss, aux = liger_fn.cross_entropy(logits, target, reduction="none", return_aux=True)
+    assert loss.isnan().all()
+    assert aux.lse[0] == -math.inf
+    assert aux.lse[1].isnan()
+    assert not aux.correct.any()
+
+
 @pytest.mark.parametrize("dtype", cases.HALVES)
 @pytest.mark.parametrize("reduction", cases.REDUCTIONS)
 def test_donated_logits_become_their_gradient(backend: str, reduction: str, dtype: torch.dtype, device: torch.device) -> None:

@@ -34,6 +34,7 @@ class _Kernel:
     """Stands for a JITFunction: keeps what Triton was asked to launch."""
 
     arg_names = ("x_ptr", "y_ptr", "N", "BLOCK")
+    compiled: _Compiled | None
 
     def __init__(self) -> None:
         self.asked: list[tuple[Any, ...]] = []
@@ -54,6 +55,7 @@ HOOKS = SimpleNamespace(calls=[]), SimpleNamespace(calls=[])
 def kernel(monkeypatch: pytest.MonkeyPatch) -> _Kernel:
     monkeypatch.setattr(_launch, "NVIDIA", True)
     monkeypatch.setattr(_launch, "_plans", {})
+    monkeypatch.setattr(_launch, "INTERPRETED", False)
     monkeypatch.setattr(_launch, "_current", lambda device: lambda: device.index)
     monkeypatch.setattr(_launch, "_HOOKS", HOOKS)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: f"stream of {device}", raising=False)
@@ -94,6 +96,15 @@ def test_a_release_of_triton_that_nobody_tried_keeps_its_launcher(kernel: _Kerne
     _go(kernel)
     assert len(kernel.asked) == 1
     assert kernel.compiled.hooked == [((2, 1, 1), X, None, 64, 32)]
+
+
+def test_an_interpreted_kernel_is_asked_each_time(kernel: _Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on a GPU, too: the interpreter takes them to the host, and has nothing compiled to return."""
+    monkeypatch.setattr(_launch, "INTERPRETED", True)
+    kernel.compiled = None
+    _go(kernel)
+    _go(kernel)
+    assert len(kernel.asked) == 2
 
 
 @pytest.mark.parametrize(

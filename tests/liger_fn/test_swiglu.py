@@ -55,6 +55,13 @@ def test_falcon_h1(backend: str, device: torch.device) -> None:
     torch.testing.assert_close(liger_fn.swiglu(gate, up, gate_multiplier=0.7, up_multiplier=-1.3), want)
 
 
+def test_a_factor_of_negative_zero_is_zero(backend: str, device: torch.device) -> None:
+    """The two are equal, and so one launch's plan is the other's: the same call must not depend on what was called before."""
+    x = torch.ones(2, 8, device=device)
+    for by in (0.0, -0.0):
+        assert not liger_fn.swiglu(x, x, up_multiplier=by).signbit().any()
+
+
 def test_halves_are_not_copied(device: torch.device) -> None:
     """The kernels read the halves of a packed projection where they are, forward and backward."""
     if not _launch.HAS_TRITON:
