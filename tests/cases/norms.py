@@ -50,9 +50,12 @@ RMS_NORM = Table(
         Case("weight-fp32-none", _rms_norm(3, 63, weight_dtype=FP32), {"cast": "none"}, dtypes=(BF16,)),
         Case("offset", _rms_norm(3, 63), {"offset": -0.5}),
         Case("9x10000", _rms_norm(9, 10000), dtypes=(BF16,)),
+        Case("9x16384", _rms_norm(9, 16384)),
+        Case("wide-16385", _rms_norm(9, 16385), {"cast": "gemma"}),
+        Case("wide-32784", _rms_norm(9, 32784)),
         Case("wide", _rms_norm(3, 70001), {"offset": 0.5}),
         Case("wide-no-weight", _rms_norm(2, 65537, weight=False), dtypes=(BF16,)),
-        Case("wide-gemma", _rms_norm(19, 65600, weight_dtype=FP32), {"cast": "gemma"}, dtypes=(BF16,)),
+        Case("wide-gemma", _rms_norm(9, 65600, weight_dtype=FP32), {"cast": "gemma"}, dtypes=(BF16,)),
     ),
     hostile=(
         Case("1e4", _rms_norm(3, 63, scale=1e4), dtypes=HALVES),
@@ -70,12 +73,14 @@ RMS_NORM = Table(
             (8192, 4096, {}),
             (65536, 128, {}),
             (2048, 16384, {}),
+            (1024, 32768, {}),
             (8192, 2304, {"offset": 1.0, "cast": "gemma"}),
             (512, 131072, {}),
         )
     ),
     on_gpu=(
         Case("4096x4096", _rms_norm(4096, 4096)),
+        Case("1000x32768", _rms_norm(1000, 32768)),
         Case("1000x65536", _rms_norm(1000, 65536)),
         Case("70000x127", _rms_norm(70000, 127)),
         Case("500x131073", _rms_norm(500, 131073)),
@@ -129,6 +134,9 @@ ADD_RMS_NORM = Table(
         Case("weight-fp32-gemma", _add_rms_norm(3, 63, weight_dtype=FP32), {"offset": 1.0, "cast": "gemma"}, dtypes=(BF16,)),
         Case("weight-fp32-none", _add_rms_norm(3, 63, weight_dtype=FP32), {"cast": "none"}, dtypes=(BF16,)),
         Case("9x10000", _add_rms_norm(9, 10000), dtypes=(BF16,)),
+        Case("9x16384", _add_rms_norm(9, 16384)),
+        Case("wide-16385", _add_rms_norm(9, 16385), {"cast": "gemma"}),
+        Case("wide-32784", _add_rms_norm(9, 32784)),
         Case("wide", _add_rms_norm(3, 70001), {"offset": 0.5}),
         Case("wide-no-weight", _add_rms_norm(2, 65537, weight=False), dtypes=(BF16,)),
     ),
@@ -147,12 +155,14 @@ ADD_RMS_NORM = Table(
             (8192, 4096, {}),
             (65536, 128, {}),
             (2048, 16384, {}),
+            (1024, 32768, {}),
             (8192, 2304, {"offset": 1.0, "cast": "gemma"}),
             (512, 131072, {}),
         )
     ),
     on_gpu=(
         Case("4096x4096", _add_rms_norm(4096, 4096)),
+        Case("1000x32768", _add_rms_norm(1000, 32768)),
         Case("1000x65536", _add_rms_norm(1000, 65536)),
         Case("70000x127", _add_rms_norm(70000, 127)),
         Case("500x131073", _add_rms_norm(500, 131073)),
@@ -214,10 +224,13 @@ LAYER_NORM = Table(
         Case("bias-fp32", _layer_norm(3, 63, bias_dtype=FP32), dtypes=(BF16,)),
         Case("parameters-bf16", _layer_norm(3, 63, dtype=BF16), dtypes=(FP32,)),
         Case("9x10000-no-bias", _layer_norm(9, 10000, bias=False), dtypes=(BF16,)),
+        Case("9x16384", _layer_norm(9, 16384)),
+        Case("wide-32768-no-weight", _layer_norm(2, 32768, weight=False), dtypes=(BF16,)),
+        Case("wide-32784", _layer_norm(9, 32784)),
         Case("wide", _layer_norm(3, 70001)),
         Case("wide-backward", _layer_norm(3, 16385), dtypes=(BF16,)),
         Case("wide-neither", _layer_norm(2, 65537, weight=False, bias=False), dtypes=(BF16,)),
-        Case("wide-no-weight", _layer_norm(19, 65600, weight=False, bias_dtype=FP32), dtypes=(BF16,)),
+        Case("wide-no-weight", _layer_norm(9, 65600, weight=False, bias_dtype=FP32), dtypes=(BF16,)),
     ),
     hostile=(
         Case("1e4", _layer_norm(3, 63, scale=1e4), dtypes=HALVES),
@@ -225,6 +238,7 @@ LAYER_NORM = Table(
         Case("mean-1e4", _layer_norm(30, 63, shift=1e4), dtypes=(FP32,)),
         Case("mean-1e4-1000", _layer_norm(7, 1000, shift=1e4), dtypes=(FP32,)),
         Case("mean-1e4-wide", _layer_norm(9, 70001, shift=1e4), dtypes=(FP32,)),
+        Case("mean-1e4-wide-32784", _layer_norm(9, 32784, shift=1e4), dtypes=(FP32,)),
         Case("mean-100", _layer_norm(30, 63, shift=100.0), dtypes=HALVES),
         Case("zero-row", _layer_norm_row_of(0.0, 3, 63), dtypes=HALVES),
         Case("constant-row", _layer_norm_row_of(1.5, 3, 64), dtypes=HALVES),
@@ -235,11 +249,13 @@ LAYER_NORM = Table(
         Case("large-cotangent", _layer_norm(3, 63), scale=1e4),
     ),
     launches=tuple(
-        Case(f"{n}x{h}", _layer_norm(n, h)) for n, h in ((8192, 4096), (65536, 128), (2048, 16384), (8192, 1280), (512, 131072))
+        Case(f"{n}x{h}", _layer_norm(n, h))
+        for n, h in ((8192, 4096), (65536, 128), (2048, 16384), (1024, 32768), (8192, 1280), (512, 131072))
     ),
     on_gpu=(
         Case("4096x4096", _layer_norm(4096, 4096)),
         Case("mean-1e4-4096x4096", _layer_norm(4096, 4096, shift=1e4), dtypes=(FP32,)),
+        Case("1000x32768", _layer_norm(1000, 32768)),
         Case("1000x65536", _layer_norm(1000, 65536)),
         Case("70000x127", _layer_norm(70000, 127)),
         Case("500x131073", _layer_norm(500, 131073)),

@@ -1,12 +1,14 @@
 """add_rms_norm: the contract, and its oddities."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
 
 import liger_fn
 from tests import cases
-from tests.contract import Contract, wrong
+from tests.contract import Contract, restride, wrong
 from tests.numerics import assert_near, assert_same_bits
 from tests.sample import Sample
 
@@ -125,3 +127,26 @@ def test_a_sum_changed_in_place_is_an_error(backend: str, device: torch.device) 
         s += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("h", [16384, 32784])
+def test_each_gradient_of_wide_rows_alone(backend: str, h: int, device: torch.device) -> None:
+    """What is launched depends on which are wanted; not a bit of them does."""
+    case = cases.Case("wide", lambda m: {k: m.normal(*shape) for k, shape in {"x": (3, h), "residual": (3, h), "weight": (h,)}.items()})
+    s = Sample(cases.ADD_RMS_NORM, case, torch.float32, device)
+    _, residuals = liger_fn.add_rms_norm.fwd(**s.inputs)
+    want = liger_fn.add_rms_norm.bwd(residuals, s.cots)
+    for needs in product((False, True), repeat=3):
+        got = liger_fn.add_rms_norm.bwd(residuals, s.cots, needs=needs)
+        assert_same_bits(got, [g if n else None for g, n in zip(want, needs, strict=True)], f"gradients, wanted: {needs}")
+
+
+@pytest.mark.parametrize("apart", [0, 1])
+def test_wide_rows_apart(backend: str, apart: int, device: torch.device) -> None:
+    """Rows of x, and of y's cotangent, that lie further apart than those of residual and of its own; and the other way round."""
+    shapes = {"x": (3, 16400), "residual": (3, 16400), "weight": (16400,)}
+    s = Sample(cases.ADD_RMS_NORM, cases.Case("wide", lambda m: {k: m.normal(*v) for k, v in shapes.items()}), torch.bfloat16, device)
+    name = ("x", "residual")[apart]
+    s.inputs[name] = restride(s.inputs[name], "sliced")
+    s.cots = tuple(restride(c, "sliced") if i == apart else c for i, c in enumerate(s.cots))
+    TestAddRMSNorm().judge([s])

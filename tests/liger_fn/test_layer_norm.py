@@ -1,5 +1,7 @@
 """layer_norm: the contract, and its oddities."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,7 +48,7 @@ def test_rounds_once(backend: str, device: torch.device) -> None:
     assert not torch.equal(y, x * w.bfloat16() + b.bfloat16())
 
 
-@pytest.mark.parametrize("h", [64, 65536 + 64])
+@pytest.mark.parametrize("h", [64, 16384 + 64, 65536 + 64])
 def test_a_large_mean_cancels_nothing(backend: str, h: int, device: torch.device) -> None:
     """Of 4096 ± 1 the mean square in fp32 has no digit of the variance left."""
     sign = torch.ones(3, h, device=device)
@@ -54,7 +56,7 @@ def test_a_large_mean_cancels_nothing(backend: str, h: int, device: torch.device
     torch.testing.assert_close(liger_fn.layer_norm(4096 + sign, eps=0.0), sign, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("h", [1000, 70001])
+@pytest.mark.parametrize("h", [1000, 16384, 20000, 65552, 70001])
 def test_the_mean_is_rounded_once(backend: str, h: int, device: torch.device) -> None:
     """Every element of a row inherits the error of its mean: half the spacing of fp32, and next to nothing of the sum's own."""
     x = 1e4 + torch.randn(20, h, device=device)
@@ -73,8 +75,20 @@ def test_mixed_dtypes(backend: str, device: torch.device) -> None:
 
 def test_sums_over_wide_rows_in_parts(backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device of many processors, where several programs share the rows of a block of columns."""
-    monkeypatch.setattr(_norm_rows, "processors", lambda device: 132)
+    monkeypatch.setattr(_norm_rows, "processors", lambda device: 40)
     case = cases.Case(
         "parts", lambda m: {k: m.normal(*shape) for k, shape in {"x": (35, 16400), "weight": (16400,), "bias": (16400,)}.items()}
     )
     TestLayerNorm().judge([Sample(cases.LAYER_NORM, case, torch.bfloat16, device)])
+
+
+@pytest.mark.parametrize("h", [16384, 32784])
+def test_each_gradient_of_wide_rows_alone(backend: str, h: int, device: torch.device) -> None:
+    """What is launched depends on which are wanted; not a bit of them does."""
+    case = cases.Case("wide", lambda m: {k: m.normal(*shape) for k, shape in {"x": (3, h), "weight": (h,), "bias": (h,)}.items()})
+    s = Sample(cases.LAYER_NORM, case, torch.float32, device)
+    _, residuals = liger_fn.layer_norm.fwd(**s.inputs)
+    want = liger_fn.layer_norm.bwd(residuals, s.cots[0])
+    for needs in product((False, True), repeat=3):
+        got = liger_fn.layer_norm.bwd(residuals, s.cots[0], needs=needs)
+        assert_same_bits(got, [g if n else None for g, n in zip(want, needs, strict=True)], f"gradients, wanted: {needs}")

@@ -1,12 +1,16 @@
 """rms_norm: the contract, and its oddities."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import liger_fn
 from tests import cases
-from tests.contract import Contract, wrong
+from tests.contract import Contract, restride, wrong
+from tests.numerics import assert_same_bits
+from tests.sample import Sample
 
 
 class TestRMSNorm(Contract):
@@ -44,3 +48,28 @@ def test_llama_cast_rounds_before_the_weight(backend: str, device: torch.device)
     rounded = liger_fn.rms_norm(x)
     assert torch.equal(liger_fn.rms_norm(x, w, cast="llama"), w * rounded)
     assert not torch.equal(liger_fn.rms_norm(x, w, cast="none"), w * rounded)
+
+
+@pytest.mark.parametrize("h", [16384, 32784])
+def test_each_gradient_of_wide_rows_alone(backend: str, h: int, device: torch.device) -> None:
+    """What is launched depends on which are wanted; not a bit of them does."""
+    case = cases.Case("wide", lambda m: {k: m.normal(*shape) for k, shape in {"x": (3, h), "weight": (h,)}.items()})
+    s = Sample(cases.RMS_NORM, case, torch.float32, device)
+    _, residuals = liger_fn.rms_norm.fwd(**s.inputs)
+    want = liger_fn.rms_norm.bwd(residuals, s.cots[0])
+    for needs in product((False, True), repeat=2):
+        got = liger_fn.rms_norm.bwd(residuals, s.cots[0], needs=needs)
+        assert_same_bits(got, [g if n else None for g, n in zip(want, needs, strict=True)], f"gradients, wanted: {needs}")
+
+
+@pytest.mark.parametrize("h", [16400, 32784])
+def test_wide_rows_apart(backend: str, h: int, device: torch.device) -> None:
+    """Rows of x that lie further apart than those of dy, and the other way round."""
+    case = cases.Case("wide", lambda m: {k: m.normal(*shape) for k, shape in {"x": (3, h), "weight": (h,)}.items()})
+    for apart in ("x", "dy"):
+        s = Sample(cases.RMS_NORM, case, torch.bfloat16, device)
+        if apart == "x":
+            s.inputs["x"] = restride(s.inputs["x"], "sliced")
+        else:
+            s.cots = tuple(restride(c, "sliced") for c in s.cots)
+        TestRMSNorm().judge([s])
