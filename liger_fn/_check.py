@@ -54,7 +54,7 @@ def no_grad_for(op: str, **tensors: Tensor | None) -> None:
     """None of the tensors asks for a gradient that `op` does not compute."""
     for name, t in tensors.items():
         if t is not None and t.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{op}: no gradient is computed for {name}; pass {name}.detach(), or use {op}.reference, which has one")
+            raise ValueError(f"{op}: no gradient is computed for {name}; pass {name}.detach()")
 
 
 def wide(x: Tensor) -> Tensor:

@@ -9,10 +9,9 @@ by their number, by the sum of their weights, or by `num_items`. Residuals: logi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,12 +20,10 @@ from . import _check
 from ._check import dense
 from ._loss_kernel import kernel_rows
 from ._loss_mean import Reduce, divisor_dtype, kernel_reduce, plain_reduce
+from ._loss_options import REDUCTIONS, Reduction, class_weights, items, number
 from ._loss_rows import Rows, Terms, check_targets, losses, plain_rows
 from ._scale import kernel_scale, plain_scale
 from ._vjp import Args, Needs, custom_vjp
-
-Reduction = Literal["mean", "sum", "none"]
-REDUCTIONS = ("mean", "sum", "none")
 
 
 class Parts(NamedTuple):
@@ -162,9 +159,13 @@ def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, parts: Parts) -
 
 
 def _aux(flat: Args, y: Tensor, rows: Tensor) -> tuple[Tensor, CrossEntropyAux]:
-    target, ignore_index, z_loss = flat[1], flat[4], flat[6]
+    return y, aux_of(rows, flat[1], flat[4], flat[6])
+
+
+def aux_of(rows: Tensor, target: Tensor, ignore_index: int, z_loss: float) -> CrossEntropyAux:
+    """From the four numbers of each row that the kernel writes, `[4, N]`."""
     lse, log_prob, entropy, correct = (rows[i].view(target.shape) for i in range(4))
-    return y, CrossEntropyAux(lse, log_prob, z_loss * lse.square(), entropy, correct.bool(), (target != ignore_index).sum())
+    return CrossEntropyAux(lse, log_prob, z_loss * lse.square(), entropy, correct.bool(), (target != ignore_index).sum())
 
 
 # --- public function --------------------------------------------------------------------------------------------------------------------
@@ -232,49 +233,23 @@ def cross_entropy(
     """
     op = "cross_entropy"
     _check.floating(op, logits=logits)
-    _check.optional(op, weight=weight)
     _check.rank(op, "logits", logits, 1)
     _check.at_least_one(op, "the last axis of logits", logits.shape[-1])
     target = _check.classes(op, target, logits.shape[:-1], "logits without their last axis")
-    _check.same_device(op, logits, target=target, weight=weight)
+    _check.same_device(op, logits, target=target)
     _check.choice(op, "reduction", reduction, REDUCTIONS)
     _check.integer(op, "ignore_index", ignore_index)
-    if weight is not None:
-        _check.shape(op, "weight", weight, logits.shape[-1:], "the last axis of logits")
-        _check.no_grad_for(op, weight=weight)
-        weight = weight.contiguous()
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"{op}: label_smoothing must be a number from 0 to 1, got {label_smoothing!r}")
-    if not 0.0 <= z_loss < math.inf:
-        raise ValueError(f"{op}: z_loss must be a number of at least 0, got {z_loss!r}")
-    if softcap is not None and not 0.0 < softcap < math.inf:
-        raise ValueError(f"{op}: softcap must be a number above 0, got {softcap!r}; pass None for no cap")
-    items = _items(op, num_items, reduction, logits)
+    weight = class_weights(op, "weight", weight, logits, logits.shape[-1], "the last axis of logits")
     return (
         logits,
         target,
         weight,
-        items,
+        items(op, num_items, reduction, logits),
         ignore_index,
-        float(label_smoothing),
-        float(z_loss),
-        float(softcap or 0.0),
+        number(op, "label_smoothing", label_smoothing, "from 0 to 1"),
+        number(op, "z_loss", z_loss, "at least 0"),
+        0.0 if softcap is None else number(op, "softcap", softcap, "above 0"),
         reduction,
         bool(return_aux),
         bool(donate),
     )
-
-
-def _items(op: str, num_items: int | Tensor | None, reduction: str, like: Tensor) -> Tensor | None:
-    """`num_items` as a 0-dimensional tensor, made on the device so that the host need not wait."""
-    if num_items is None:
-        return None
-    if reduction != "mean":
-        raise ValueError(f'{op}: num_items is what a mean divides by, got it with reduction={reduction!r}; use reduction="mean"')
-    if isinstance(num_items, Tensor):
-        if num_items.numel() != 1:
-            raise ValueError(f"{op}: num_items must be a number or a tensor of one, got shape {list(num_items.shape)}")
-        _check.same_device(op, like, num_items=num_items)
-        _check.no_grad_for(op, num_items=num_items)
-        return num_items.reshape(())
-    return torch.full((), _check.integer(op, "num_items", num_items, 0), dtype=torch.int64, device=like.device)
