@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from .cases import BF16, FP32, Table
 from .numerics import assert_same_bits
-from .sample import Sample, Tensors, gradients
+from .sample import Sample, Tensors, flat, gradients
 
 COMPILER = "inductor" if torch.cuda.is_available() else "aot_eager"  # on a CPU inductor is slow: one test of each op has it
 
@@ -123,7 +123,7 @@ class Composes:
 
         values, grads = s.ours()
         y, got = torch.compile(pair, fullgraph=True, backend="aot_eager", dynamic=False)(*s.tensors)
-        assert_same_bits(y if isinstance(y, tuple) else (y,), values, "value of the compiled pair")
+        assert_same_bits(flat(y), values, "value of the compiled pair")
         assert_same_bits([g for g in got if g is not None], grads, "gradients of the compiled pair")
 
     @pytest.mark.usefixtures("fresh_compiler")
@@ -162,7 +162,7 @@ class Composes:
         for s in samples:
             leaves = {k: s.inputs[k].detach().requires_grad_(k in s.wrt) for k in names}  # type: ignore[union-attr]
             y = compiled(*leaves.values())
-            ys = y if isinstance(y, tuple) else (y,)
+            ys = flat(y)
             values, grads = s.ours()
             assert_same_bits([y.detach() for y in ys], values, "value")
             assert_same_bits(torch.autograd.grad(ys, [leaves[k] for k in s.wrt], s.cots), grads, "gradient")

@@ -26,7 +26,7 @@ from liger_fn import _launch
 from .cases import BF16, FP16, FP32, FP64, Case
 from .compose import Composes
 from .numerics import assert_near, assert_same_bits, untouched
-from .sample import Sample
+from .sample import Sample, flat
 
 LAYOUTS = ("transposed", "sliced", "stride-2")
 
@@ -74,6 +74,10 @@ class Contract(Composes):
 
     # --- numbers ----------------------------------------------------------------------------------------------------------------------
 
+    def samples(self, device: torch.device) -> list[Sample]:
+        """Of the typical case, as many as its numerics are judged over."""
+        return [self.sample(device, seed=seed) for seed in range(self.table.typical.draws)]
+
     def judge(self, samples: Sequence[Sample]) -> None:
         """The numerics rule over the values and the gradients of all samples together, and nobody's input written to."""
         found = []
@@ -90,29 +94,32 @@ class Contract(Composes):
         self.judge([Sample(self.table, case, dtype, device, seed) for seed in range(case.draws)])
 
     def test_hostile_values(self, backend: str, hostile: Case, dtype: torch.dtype, device: torch.device) -> None:
-        self.judge([Sample(self.table, hostile, dtype, device)])
+        self.judge([Sample(self.table, hostile, dtype, device, seed) for seed in range(hostile.draws)])
 
     def test_strided_inputs(self, backend: str, layout: str, device: torch.device) -> None:
         """Any strides: the memory between the elements is NaN, so a kernel that assumes others reads it."""
-        s = self.sample(device)
-        s.inputs = {k: None if t is None else restride(t, layout) for k, t in s.inputs.items()}
-        s.cots = tuple(restride(c, layout) for c in s.cots)
-        self.judge([s])
+        samples = self.samples(device)
+        for s in samples:
+            s.inputs = {k: None if t is None else restride(t, layout) for k, t in s.inputs.items()}
+            s.cots = tuple(restride(c, layout) for c in s.cots)
+        self.judge(samples)
 
     def test_expanded_cotangent(self, backend: str, device: torch.device) -> None:
         """What `.sum().backward()` sends: one number with all strides 0."""
-        s = self.sample(device)
-        s.cots = tuple(torch.full((), 0.75, dtype=c.dtype, device=device).expand(c.shape) for c in s.cots)
-        self.judge([s])
+        samples = self.samples(device)
+        for s in samples:
+            s.cots = tuple(torch.full((), 0.75, dtype=c.dtype, device=device).expand(c.shape) for c in s.cots)
+        self.judge(samples)
 
     def test_negative_views(self, backend: str, device: torch.device) -> None:
         """Tensors whose numbers have another sign in memory, as `z.conj().imag` has."""
-        s = self.sample(device)
-        s.inputs = {k: torch._neg_view(-t) if t is not None and t.is_floating_point() else t for k, t in s.inputs.items()}
-        s.cots = tuple(torch._neg_view(-c) for c in s.cots)
+        samples = self.samples(device)
+        for s in samples:
+            s.inputs = {k: torch._neg_view(-t) if t is not None and t.is_floating_point() else t for k, t in s.inputs.items()}
+            s.cots = tuple(torch._neg_view(-c) for c in s.cots)
+        s, plain = samples[0], self.sample(device)
         assert s.tensors[0].is_neg()
-        self.judge([s])
-        plain = self.sample(device)
+        self.judge(samples)
         _, residuals = s.op.fwd(**plain.inputs, **s.options)
         got, want = (s.op.bwd(residuals, cots if len(cots) > 1 else cots[0]) for cots in (s.cots, plain.cots))
         assert_same_bits(got, want, "gradients of a negative cotangent")
@@ -210,10 +217,10 @@ class Contract(Composes):
                 assert_same_bits(s.call(s.op), values, "value in inference mode")
             y, residuals = s.op.fwd(**s.inputs, **s.options)
             made = [t for t in residuals if isinstance(t, Tensor) and all(t is not i for i in s.inputs.values())]
-            with untouched([*made, *astuple(y)]):  # without `donate`, not even what fwd made
+            with untouched([*made, *flat(y)]):  # without `donate`, not even what fwd made
                 assert_same_bits(self.bwd(s, residuals), grads, "gradient of bwd")
                 assert_same_bits(self.bwd(s, residuals), grads, "gradient of a second bwd")
-            assert_same_bits(astuple(y), values, "value of fwd")
+            assert_same_bits(flat(y), values, "value of fwd")
             assert_same_bits(self.bwd(s, residuals, donate=True), grads, "gradient of bwd with donate")
 
     def bwd(self, s: Sample, residuals: object, **options: object) -> tuple[Tensor, ...]:
@@ -340,10 +347,6 @@ class CountProducts(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += getattr(func, "__name__", "") in ("mm", "addmm", "addmm_", "matmul", "__matmul__", "linear")
         return func(*args, **(kwargs or {}))
-
-
-def astuple(y: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return y if isinstance(y, tuple) else (y,)
 
 
 def restride(t: Tensor, layout: str) -> Tensor:

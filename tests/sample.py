@@ -39,8 +39,7 @@ class Sample:
         return [t for t in (*self.inputs.values(), *self.cots) if t is not None]
 
     def call(self, fn: Callable[..., Any], **changed: Any) -> Tensors:
-        out = fn(**{**self.inputs, **changed}, **self.options)
-        return out if isinstance(out, tuple) else (out,)
+        return flat(fn(**{**self.inputs, **changed}, **self.options))
 
     def f(self, fn: Callable[..., Any] | None = None, names: Sequence[str] | None = None, **fixed: Any) -> Fn:
         """The op (or `fn`) as a function of the tensors called `names`, by default the differentiated ones; it returns a tuple."""
@@ -68,6 +67,11 @@ class Sample:
     def ours(self) -> tuple[Tensors, Tensors]:
         """Values and gradients of the op under test, by eager autograd."""
         return gradients(self.f(), self.tensors, self.cots)
+
+
+def flat(out: Any) -> Tensors:
+    """The tensors of what an op returned: one, a tuple, or a tuple of tuples."""
+    return tuple(t for part in out for t in flat(part)) if isinstance(out, tuple) else (out,)
 
 
 def gradients(f: Fn, tensors: Sequence[Tensor], cots: Sequence[Tensor]) -> tuple[Tensors, Tensors]:

@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tests.sample import flat
+
 Fn = Callable[..., Any]
 Run = Callable[[], Any]
 MIB = 2**20
@@ -33,17 +35,13 @@ HEAD_START = 4_000_000  # cycles, about 2 ms, by which the host may be behind: n
 A_REPLAYS_START = 40_000  # cycles, about 20 µs: what the host takes to issue one replay and its events
 
 
-def _astuple(y: Any) -> tuple[Tensor, ...]:
-    return y if isinstance(y, tuple) else (y,)
-
-
 def _detached(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(t.detach() if isinstance(t, Tensor) else t for t in args)
 
 
 def _cotangents(fn: Fn, args: tuple[Any, ...]) -> list[Tensor]:
     """Random numbers for each output; 1 for a loss, as `loss.backward()` has it."""
-    ys = _astuple(forward(fn, args)())
+    ys = flat(forward(fn, args)())
     draw = torch.Generator(ys[0].device).manual_seed(0)  # its own: a capture that failed leaves PyTorch's default one unusable
     return [torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=draw) if y.dim() else torch.ones_like(y) for y in ys]
 
@@ -64,7 +62,7 @@ def forward_backward(fn: Fn, args: tuple[Any, ...]) -> Run:
     inputs, dy = [t for t in args if t.requires_grad], _cotangents(fn, args)
 
     def run() -> Any:
-        return torch.autograd.grad(_astuple(fn(*args)), inputs, dy)
+        return torch.autograd.grad(flat(fn(*args)), inputs, dy)
 
     return run
 

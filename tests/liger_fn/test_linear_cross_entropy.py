@@ -1,6 +1,7 @@
 """linear_cross_entropy: the contract, and its oddities."""
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import liger_fn
+from liger_fn import _head, _head_kernels
 from tests import cases
 from tests.cases import Case
 from tests.contract import Contract, wrong
@@ -37,6 +39,23 @@ class TestLinearCrossEntropy(Contract):
         wrong("device", ValueError, "weight must be on", "meta", ".to(", weight=lambda w: w.to("meta")),
         wrong("reduction", ValueError, "'mean', 'sum', 'none'", "'average'", reduction="average"),
         wrong("budget", ValueError, "memory_budget", "at least 1", "0", memory_budget=0),
+        wrong("class-weight", ValueError, "class_weight must have shape [63]", "[62]", class_weight=lambda w: w[1:]),
+        wrong("token-weight", ValueError, "token_weight must have shape [2, 5]", "[10]", token_weight=torch.Tensor.flatten),
+        wrong(
+            "token-grad",
+            ValueError,
+            "no gradient is computed for token_weight",
+            "detach",
+            token_weight=lambda w: w.clone().requires_grad_(),
+        ),
+        wrong("smoothing", ValueError, "label_smoothing must be a number from 0 to 1", "1.5", label_smoothing=1.5),
+        wrong("z", ValueError, "z_loss must be a number of at least 0", "-1", z_loss=-1),
+        wrong("softcap", ValueError, "softcap must be a number above 0", "None", softcap=0),
+        wrong("scale", ValueError, "logit_scale must be a number above 0", "0", logit_scale=0),
+        wrong("temperature", ValueError, "temperature must be a number above 0", "nan", temperature=math.nan),
+        wrong("items-none", ValueError, "num_items is what a mean divides by", "'none'", num_items=3),
+        wrong("save", ValueError, "save must be one of", "'everything'", save="everything"),
+        wrong("accumulate", ValueError, "accumulate must be one of", "'bf16'", accumulate="bf16"),
     )
 
 
@@ -69,6 +88,87 @@ def test_is_torchs_cross_entropy_of_logits(backend: str, reduction: str, device:
     target[::3] = -100
     want = F.cross_entropy(x @ weight.T, target, reduction=reduction)
     torch.testing.assert_close(liger_fn.linear_cross_entropy(x, weight, target, reduction=reduction), want)
+
+
+SMALL = {"memory_budget": 3 * V * 4}  # three rows at a time
+
+
+@pytest.mark.parametrize("accumulate", cases.ACCUMULATE)
+def test_every_option_against_whole_logits(backend: str, accumulate: str, device: torch.device) -> None:
+    """Value, gradients and aux are those of the same formula over all logits."""
+    x, weight, target = inputs(device, rows=20)
+    target[::4] = -100
+    class_weight, token_weight = torch.rand(V, device=device) + 0.5, torch.rand(20, device=device) + 0.5
+    leaves = [t.requires_grad_() for t in (x, weight)]
+    loss, aux = liger_fn.linear_cross_entropy(
+        x, weight, target, class_weight=class_weight, token_weight=token_weight, label_smoothing=0.1, z_loss=0.01, softcap=7.0,
+        logit_scale=0.5, temperature=0.7, num_items=11, return_aux=True, accumulate=accumulate, **SMALL,
+    )  # fmt: skip
+    logits = 7.0 * torch.tanh(0.5 * (x @ weight.T) / 7.0) / 0.7
+    each = F.cross_entropy(logits, target, class_weight, reduction="none", label_smoothing=0.1)
+    each = (each + 0.01 * logits.logsumexp(-1).square() * (target != -100)) * token_weight
+    torch.testing.assert_close(loss, each.sum() / 11)
+    for a, b in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(each.sum() / 11, leaves), strict=True):
+        torch.testing.assert_close(a, b)
+    _, want = liger_fn.cross_entropy(logits.detach(), target, z_loss=0.01, return_aux=True)
+    for name, a, b in zip(want._fields, aux, want, strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_shift_is_of_labels_and_weights(backend: str, device: torch.device) -> None:
+    x, weight, target = inputs(device, rows=12)
+    x, target = x.view(3, 4, H), target.view(3, 4)
+    target[1, 2] = -100
+    token_weight = torch.rand(3, 4, device=device)
+    ours = liger_fn.linear_cross_entropy(x, weight, target, token_weight=token_weight, shift=True, reduction="none", **SMALL)
+    want = F.cross_entropy((x[:, :-1] @ weight.T).mT, target[:, 1:], reduction="none") * token_weight[:, 1:]
+    torch.testing.assert_close(ours, F.pad(want, (0, 1)))
+
+
+@pytest.mark.parametrize("reduction", cases.REDUCTIONS)
+def test_ignored_rows_enter_no_product(backend: str, reduction: str, device: torch.device) -> None:
+    """So what they hold reaches no gradient; on a GPU, where the logits take more than one chunk."""
+    x, weight, target = inputs(device, rows=20)
+    target[::3] = -100
+    want = grads_and_loss(x, weight, target, reduction=reduction, **SMALL)
+    x[::3] = math.nan
+    assert_same_bits(grads_and_loss(x, weight, target, reduction=reduction, **SMALL), want, "gradients and loss")
+
+
+@pytest.mark.parametrize("accumulate", cases.ACCUMULATE)
+def test_a_weight_that_also_made_x(backend: str, accumulate: str, device: torch.device) -> None:
+    """Tied embeddings: both shares of the gradient arrive."""
+    _, weight, target = inputs(device, rows=20)
+    weight = weight.requires_grad_()
+    ids = torch.arange(20, device=device)
+
+    def loss(fn: Any) -> Tensor:
+        return torch.autograd.grad(fn(weight[ids].sin()), weight)[0]
+
+    ours = loss(lambda x: liger_fn.linear_cross_entropy(x, weight, target, accumulate=accumulate, **SMALL))
+    torch.testing.assert_close(ours, loss(lambda x: F.cross_entropy(x @ weight.T, target)))
+
+
+def test_each_policy_takes_the_memory_it_says(backend: str, device: torch.device) -> None:
+    """Only "fp32" makes an fp32 tensor of the weight's size."""
+    generator = torch.Generator(device).manual_seed(0)
+    x, weight = (torch.randn(n, 8, device=device, generator=generator).bfloat16() for n in (40, 9000))
+    target = torch.arange(40, device=device)
+    made = {}
+    for accumulate in cases.ACCUMULATE:
+        sizes: set[tuple[torch.dtype, torch.Size]] = set()
+
+        class Watch(TorchFunctionMode):
+            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                out = func(*args, **(kwargs or {}))
+                if isinstance(out, Tensor):
+                    sizes.add((out.dtype, out.shape))  # noqa: B023
+                return out
+
+        with Watch():
+            liger_fn.linear_cross_entropy.fwd(x, weight, target, accumulate=accumulate, memory_budget=8 * 9000 * 2)
+        made[accumulate] = (torch.float32, weight.shape) in sizes
+    assert made == {"weight": False, "fp32": True, "exact": False}
 
 
 @pytest.mark.parametrize("dtype", cases.HALVES)
@@ -224,3 +324,56 @@ def test_a_gradient_made_in_forward_is_no_constant(backend: str, reduction: str,
     (grad,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(NotImplementedError, match=r"linear_cross_entropy.reference"):
         (loss + grad.square().sum()).backward()
+
+
+FUSED = {"z_loss": 0.01, "logit_scale": 0.5, "temperature": 0.8}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("way", ["gradients", "gradients, but dx by tokens", "no gradients"])
+def test_the_fused_kernels_do_what_the_chunks_do(
+    backend: str, reduction: str, way: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Exact gradients and losses alone, by the kernels that write no logits, on a GPU that they are for and in the interpreter."""
+    if backend == "reference":
+        pytest.skip("has no kernels")
+    taken: set[str] = set()
+    for name in ("statistics", "gradient"):
+        kernel = getattr(_head_kernels, name)
+        monkeypatch.setattr(_head_kernels, name, lambda *args, name=name, kernel=kernel: (taken.add(name), kernel(*args)))
+    dtype, (n, h, v) = torch.float16, (45, 64, 600)
+    if device.type == "cpu":
+        monkeypatch.setattr(sys.modules["liger_fn.linear_cross_entropy"], "fits", lambda x, weight: True)
+    elif torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("they are for Hopper")
+    else:
+        n, h, v, dtype = 1000, 264, 5003, torch.bfloat16
+    g = torch.Generator(device).manual_seed(0)
+    options = FUSED | {
+        "class_weight": torch.rand(v, device=device, generator=g) + 0.5, "token_weight": torch.rand(n, device=device, generator=g) + 0.5,
+        "reduction": reduction, "accumulate": "exact", "memory_budget": 9 * v * 2,
+    }  # fmt: skip
+
+    grad, by_tokens = way != "no gradients", way == "gradients, but dx by tokens"
+    if by_tokens:
+        monkeypatch.setattr(_head, "DX_SUM", 0)
+        options |= {"z_loss": 0.0, "class_weight": None}
+
+    def run(fn: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_(grad) for t in (x, weight)]
+        loss = fn(*leaves, target, **options)
+        return [loss.detach(), *(torch.autograd.grad(loss.sum(), leaves) if grad else ())]
+
+    found, fn = [], liger_fn.linear_cross_entropy
+    for _ in range(8):  # the rounding of one loss is luck
+        x, weight = (torch.randn(k, h, device=device, generator=g).mul_(s).to(dtype) for k, s in ((n, 1), (v, 4 / h**0.5)))
+        target = torch.randint(v, (n,), device=device, generator=g)
+        target[::4] = -100
+        target[1], target[2] = 0, v - 1
+        found.append((run(fn, dtype), run(fn.reference, dtype), run(fn.reference, torch.float64)))
+    one_by_one = reduction == "none"  # their gradients are made in backward
+    assert taken == (
+        {"gradient"} if by_tokens and not one_by_one else {"statistics", "gradient"} if grad and not one_by_one else {"statistics"}
+    )
+    for i, name in enumerate(("loss", "dx", "dweight")[: len(found[0][0])]):
+        assert_near(*(torch.stack([each[who][i] for each in found]) for who in range(3)), name)
