@@ -11,11 +11,15 @@ from .glu_packed import geglu_packed, swiglu_packed
 from .group_norm import group_norm
 from .layer_norm import layer_norm
 from .linear_cross_entropy import linear_cross_entropy
+from .linear_distill import linear_distill
+from .linear_log_prob import linear_log_prob
 from .relu_squared import relu_squared
 from .rms_norm import rms_norm
 from .rope import rope, rope_complex
 from .softmax import softmax
 from .swiglu_mlp import swiglu_mlp
+from .vocab_parallel import vocab_parallel_linear_cross_entropy
+from .vocab_parallel_log_prob import vocab_parallel_linear_log_prob
 
 __all__ = [
     "add_rms_norm",
@@ -26,6 +30,8 @@ __all__ = [
     "group_norm",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_distill",
+    "linear_log_prob",
     "reglu",
     "relu_squared",
     "rms_norm",
@@ -36,4 +42,6 @@ __all__ = [
     "swiglu_mlp",
     "swiglu_packed",
     "use_backend",
+    "vocab_parallel_linear_cross_entropy",
+    "vocab_parallel_linear_log_prob",
 ]

@@ -69,14 +69,15 @@ class Op(Generic[P, R]):
         diff: int,
         n_out: int,
         aux: Callable[[Args, Any, Tensor], Any] | None,
+        shaped: Callable[..., Any] | None,
     ) -> None:
         update_wrapper(self, arguments)
-        returns = {1: Tensor, 2: tuple[Tensor, Tensor]}[n_out]
+        returns = Tensor if n_out == 1 else tuple[(Tensor,) * n_out] if shaped is None else Any  # type: ignore[misc]
         self.__signature__ = inspect.signature(arguments).replace(return_annotation=returns)
         self.name = arguments.__name__
         self.residuals, self.outputs, self.gradients = residuals, outputs, gradients
         self.cotangents = cotangents
-        self.diff, self.n_out, self._aux = diff, n_out, aux
+        self.diff, self.n_out, self._aux = diff, n_out, aux if shaped is None else lambda flat, *out: shaped(*out)
         self._arguments, self._reference, self.pairs = arguments, reference, pairs
 
         self.hints = {k: h for k, h in get_type_hints(reference).items() if k != "return"}
@@ -212,6 +213,7 @@ def custom_vjp(
     diff: int,
     n_out: int = 1,
     aux: Callable[[Args, Any, Tensor], Any] | None = None,
+    shaped: Callable[..., Any] | None = None,
     kind: Any = Op,
 ) -> Callable[[Callable[P, Args]], Op[P, Any]]:
     """Decorate the public function, whose body checks its arguments and returns them flat, as `fwd` and `reference` take them.
@@ -223,13 +225,14 @@ def custom_vjp(
         cotangents: the shape of each output, from the residuals; None for a length that they do not tell.
         diff: how many arguments are differentiable; they come first. n_out: how many outputs there are.
         aux: makes what a call with `return_aux` returns, from the flat arguments, y and the residual `aux`.
+        shaped: makes what a call returns, from its outputs, where that is not their tuple.
         kind: of op, where it is more than `Op`.
     """
     kernel, torchs = Pair(*kernels), Pair(*map(in_own_dtypes, plain))
     pairs: dict[Backend, Pair] = {"triton": kernel, "interpreter": kernel, "reference": torchs}
 
     def wrap(arguments: Callable[P, Args]) -> Op[P, Any]:
-        return kind(arguments, residuals, pairs, reference, outputs, gradients, cotangents, diff, n_out, aux)
+        return kind(arguments, residuals, pairs, reference, outputs, gradients, cotangents, diff, n_out, aux, shaped)
 
     return wrap
 

@@ -1,7 +1,8 @@
 """Thin `torch.nn` modules over `liger_fn`: parameters and one call, no math."""
 
-from .loss import CrossEntropyLoss, LinearCrossEntropyLoss
+from .distill import LinearDistillLoss
+from .loss import CrossEntropyLoss, LinearCrossEntropyLoss, LinearLogProb
 from .mlp import SwiGLUMLP
 from .rms_norm import RMSNorm
 
-__all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss", "RMSNorm", "SwiGLUMLP"]
+__all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss", "LinearDistillLoss", "LinearLogProb", "RMSNorm", "SwiGLUMLP"]

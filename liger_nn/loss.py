@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 import liger_fn
-from liger_fn.cross_entropy import Reduction
-from liger_fn.linear_cross_entropy import MEMORY_BUDGET
+from liger_fn._head import Accumulate
+from liger_fn._loss_options import Reduction
+from liger_fn.linear_cross_entropy import Save
+from liger_fn.linear_log_prob import LogProbAux
 
 
 class CrossEntropyLoss(nn.Module):
@@ -39,16 +43,78 @@ class CrossEntropyLoss(nn.Module):
 
 
 class LinearCrossEntropyLoss(nn.Module):
-    """`liger_fn.linear_cross_entropy` with its options held: `loss_fn(head.weight, x, target, head.bias)`, the weight first."""
+    """`liger_fn.linear_cross_entropy` with its options held: `loss_fn(head.weight, x, target, head.bias)`, the weight first.
 
-    def __init__(self, *, ignore_index: int = -100, reduction: Reduction = "mean", memory_budget: int = MEMORY_BUDGET) -> None:
+    What differs from call to call, `num_items` and `token_weight`, is given with the call.
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        class_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        temperature: float = 1.0,
+        reduction: Reduction = "mean",
+        shift: bool = False,
+        return_aux: bool = False,
+        save: Save = "grads",
+        accumulate: Accumulate = "auto",
+        memory_budget: int | None = None,
+    ) -> None:
         super().__init__()
-        self.ignore_index, self.reduction, self.memory_budget = ignore_index, reduction, memory_budget
+        self.register_buffer("class_weight", class_weight, persistent=False)
+        self.options: dict[str, Any] = {
+            "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap,
+            "logit_scale": logit_scale, "temperature": temperature, "reduction": reduction, "shift": shift, "return_aux": return_aux,
+            "save": save, "accumulate": accumulate, "memory_budget": memory_budget,
+        }  # fmt: skip
 
-    def forward(self, weight: Tensor, x: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        weight: Tensor,
+        x: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        *,
+        num_items: int | Tensor | None = None,
+        token_weight: Tensor | None = None,
+    ) -> Any:
         return liger_fn.linear_cross_entropy(
-            x, weight, target, bias, ignore_index=self.ignore_index, reduction=self.reduction, memory_budget=self.memory_budget
+            x, weight, target, bias, class_weight=self.class_weight, token_weight=token_weight, num_items=num_items, **self.options
         )
 
     def extra_repr(self) -> str:
-        return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, memory_budget={self.memory_budget}"
+        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+
+
+class LinearLogProb(nn.Module):
+    """`liger_fn.linear_log_prob` with its options held: `log_prob, aux = log_prob_fn(head.weight, x, target, head.bias)`."""
+
+    def __init__(
+        self,
+        *,
+        ignore_index: int = -100,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        temperature: float = 1.0,
+        shift: bool = False,
+        accumulate: Accumulate = "auto",
+        memory_budget: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {
+            "ignore_index": ignore_index, "softcap": softcap, "logit_scale": logit_scale, "temperature": temperature, "shift": shift,
+            "accumulate": accumulate, "memory_budget": memory_budget,
+        }  # fmt: skip
+
+    def forward(self, weight: Tensor, x: Tensor, target: Tensor, bias: Tensor | None = None) -> tuple[Tensor, LogProbAux]:
+        return liger_fn.linear_log_prob(x, weight, target, bias, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())

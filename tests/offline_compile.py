@@ -29,6 +29,7 @@ from torch import Tensor
 import liger_fn
 from liger_fn import _launch
 from tests.cases import BF16, FP32, TABLES, Case, Maker, Table
+from tests.sample import flat
 
 BUDGET = Path(__file__).with_name("offline_compile.json")
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
@@ -56,7 +57,7 @@ def launches(table: Table, case: Case, dtype: torch.dtype) -> list[_launch.Launc
     with liger_fn.use_backend("triton"), _launch.record() as made, torch.no_grad():
         y = op(**inputs, **case.options)
         _, residuals = op.fwd(**inputs, **case.options)
-        dy = tuple(map(torch.empty_like, y)) if isinstance(y, tuple) else torch.empty_like(y)
+        dy = tuple(map(torch.empty_like, flat(y))) if isinstance(y, tuple) else torch.empty_like(y)
         for needs in dict.fromkeys((tuple(present), *alone)):
             op.bwd(residuals, dy, needs=needs)
     return made

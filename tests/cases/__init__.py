@@ -4,12 +4,14 @@ A new op is a `Table` in its family's file: what it is called, which arguments h
 name, from a `Maker` that knows the device, the dtype and the seed; on the "meta" device the same case is shapes alone.
 """
 
+from .distill import LINEAR_DISTILL
 from .glu import GEGLU, GEGLU_PACKED, REGLU, RELU_SQUARED, SWIGLU, SWIGLU_MLP, SWIGLU_PACKED
 from .group_norm import GROUP_NORM
-from .losses import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, REDUCTIONS, SMALL_BUDGET, SOFTMAX
+from .losses import ACCUMULATE, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, LINEAR_LOG_PROB, REDUCTIONS, SMALL_BUDGET, SOFTMAX
 from .norms import ADD_RMS_NORM, LAYER_NORM, RMS_NORM
 from .rope import ROPE
 from .table import BF16, FP16, FP32, FP64, HALVES, IGNORED, Case, Inputs, Maker, Table
+from .vocab_parallel import VOCAB_PARALLEL_LINEAR_CROSS_ENTROPY, VOCAB_PARALLEL_LINEAR_LOG_PROB
 
 TABLES = {
     t.op: t
@@ -28,11 +30,16 @@ TABLES = {
         ROPE,
         CROSS_ENTROPY,
         LINEAR_CROSS_ENTROPY,
+        LINEAR_LOG_PROB,
+        LINEAR_DISTILL,
         SOFTMAX,
+        VOCAB_PARALLEL_LINEAR_CROSS_ENTROPY,
+        VOCAB_PARALLEL_LINEAR_LOG_PROB,
     )
 }
 
 __all__ = [
+    "ACCUMULATE",
     "ADD_RMS_NORM",
     "BF16",
     "CROSS_ENTROPY",
@@ -46,6 +53,8 @@ __all__ = [
     "IGNORED",
     "LAYER_NORM",
     "LINEAR_CROSS_ENTROPY",
+    "LINEAR_DISTILL",
+    "LINEAR_LOG_PROB",
     "REDUCTIONS",
     "REGLU",
     "RELU_SQUARED",
@@ -57,6 +66,8 @@ __all__ = [
     "SWIGLU_MLP",
     "SWIGLU_PACKED",
     "TABLES",
+    "VOCAB_PARALLEL_LINEAR_CROSS_ENTROPY",
+    "VOCAB_PARALLEL_LINEAR_LOG_PROB",
     "Case",
     "Inputs",
     "Maker",

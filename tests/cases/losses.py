@@ -112,23 +112,33 @@ CROSS_ENTROPY = Table(
 
 
 def _linear_cross_entropy(
-    *shape: int, v: int, bias: bool = False, every: int = 3, scale: float = 1.0
+    *shape: int, v: int, bias: bool = False, every: int = 3, scale: float = 1.0, weights: bool = False, items: int = 0
 ) -> Callable[[Maker], Inputs]:  # fmt: skip
-    """Hidden states and a head whose logits have a spread of a few."""
+    """Hidden states and a head whose logits have a spread of a few; perhaps weights of classes and of tokens between 0.5 and 1.5."""
 
     def make(m: Maker) -> Inputs:
         h = shape[-1]
-        return {
+        inputs: Inputs = {
             "x": m.normal(*shape, scale=scale),
             "weight": m.normal(v, h, scale=2 / math.sqrt(h)),
             "target": m.targets(*shape[:-1], classes=v, every=every),
             "bias": m.normal(v) if bias else None,
         }
+        if weights:
+            tokens = math.prod(shape[:-1])
+            inputs["class_weight"] = torch.linspace(0.5, 1.5, v, device=m.device, dtype=FP32)
+            inputs["token_weight"] = torch.linspace(1.5, 0.5, tokens, device=m.device, dtype=FP32).view(shape[:-1])
+        if items:
+            inputs["num_items"] = torch.tensor(items, device=m.device)
+        return inputs
 
     return make
 
 
 SMALL_BUDGET = 4 * 100 * 3  # three fp32 rows of a hundred classes: several chunks
+
+HEAD_EVERYTHING = {**EVERYTHING, "logit_scale": 0.5, "temperature": 0.8}
+ACCUMULATE = ("weight", "fp32", "exact")
 
 LINEAR_CROSS_ENTROPY = Table(
     op="linear_cross_entropy",
@@ -138,8 +148,12 @@ LINEAR_CROSS_ENTROPY = Table(
         "x",
         "target",
     ),
-    typical=Case("typical", _linear_cross_entropy(2, 5, 24, v=63, bias=True), {"reduction": "none", "memory_budget": SMALL_BUDGET}),
-    sized=lambda n: Case(f"{n}-rows", _linear_cross_entropy(n, 24, v=40)),
+    typical=Case(
+        "typical",
+        _linear_cross_entropy(2, 5, 24, v=63, bias=True, weights=True),
+        {"reduction": "none", "memory_budget": SMALL_BUDGET, **HEAD_EVERYTHING},
+    ),
+    sized=lambda n: Case(f"{n}-rows", _linear_cross_entropy(n, 24, v=40, weights=True), HEAD_EVERYTHING),
     cases=(
         *(Case(f"1x63-{r}", _linear_cross_entropy(1, 63, v=100, every=0), {"reduction": r}, draws=32) for r in REDUCTIONS),
         *(Case(f"9x63-{r}", _linear_cross_entropy(9, 63, v=100, bias=True), {"reduction": r}, dtypes=HALVES, draws=8) for r in REDUCTIONS),
@@ -149,9 +163,41 @@ LINEAR_CROSS_ENTROPY = Table(
         ),
         *(Case(f"no-rows-{r}", _linear_cross_entropy(0, 63, v=100, bias=True), {"reduction": r}) for r in REDUCTIONS),
         *(Case(f"all-ignored-{r}", _linear_cross_entropy(5, 24, v=63, every=1, bias=True), {"reduction": r}) for r in REDUCTIONS),
+        *(
+            Case(
+                f"{how}-{r}",
+                _linear_cross_entropy(23, 63, v=100, bias=True, weights=True),
+                {"reduction": r, "accumulate": how, "memory_budget": SMALL_BUDGET, **HEAD_EVERYTHING},
+                dtypes=HALVES,
+                draws=16,
+            )
+            for how in ACCUMULATE
+            for r in REDUCTIONS
+        ),
+        *(
+            Case(
+                f"recompute-{how}",
+                _linear_cross_entropy(23, 63, v=100, bias=True, items=9),
+                {"save": "recompute", "accumulate": how, "memory_budget": SMALL_BUDGET, "z_loss": 1e-2},
+                dtypes=HALVES,
+                draws=8,
+            )
+            for how in ACCUMULATE
+        ),
+        Case(
+            "exact-9000-classes",
+            _linear_cross_entropy(5, 8, v=9000, weights=True),
+            {"accumulate": "exact", "memory_budget": 9000 * 8, **HEAD_EVERYTHING},
+            draws=8,
+        ),
+        Case("scaled", _linear_cross_entropy(9, 63, v=100), {"logit_scale": 0.0625, "temperature": 0.7}, draws=8),
+        Case("shift", _linear_cross_entropy(3, 5, 24, v=63, weights=True), {"shift": True, "memory_budget": SMALL_BUDGET}, draws=8),
+        Case("h-1", _linear_cross_entropy(7, 1, v=63), draws=8),
+        Case("one-class", _linear_cross_entropy(7, 24, v=1)),
         Case("one-row-budget", _linear_cross_entropy(5, 24, v=63), {"memory_budget": 1}, draws=8),
         Case("3d", _linear_cross_entropy(2, 3, 24, v=63), draws=8),
         Case("vector", _linear_cross_entropy(24, v=63, every=0), draws=32),
+        Case("16-chunks", _linear_cross_entropy(64, 24, v=100, every=0), {"memory_budget": 4 * 100 * 2}, dtypes=(BF16,), draws=4),
         Case("many-chunks", _linear_cross_entropy(150, 24, v=100), {"memory_budget": SMALL_BUDGET}),
         Case("1000-classes", _linear_cross_entropy(16, 64, v=1000), draws=4),
     ),
@@ -178,6 +224,57 @@ LINEAR_CROSS_ENTROPY = Table(
         ),
     ),
     large=Case("large", _linear_cross_entropy(2**31 // 4096 + 3, 4096, v=1000, every=0), {"reduction": "none"}, dtypes=(BF16,)),
+)
+
+# --- linear_log_prob --------------------------------------------------------------------------------------------------------------------
+
+_OF_LOG_PROB = {"softcap": 5.0, "logit_scale": 0.5, "temperature": 0.8}
+
+LINEAR_LOG_PROB = Table(
+    op="linear_log_prob",
+    diff=("x", "weight", "bias"),
+    autocast=True,
+    rows=("x", "target"),
+    typical=Case("typical", _linear_cross_entropy(2, 5, 24, v=63, bias=True), {"memory_budget": SMALL_BUDGET, **_OF_LOG_PROB}, draws=8),
+    sized=lambda n: Case(f"{n}-rows", _linear_cross_entropy(n, 24, v=40), _OF_LOG_PROB),
+    cases=(
+        Case("1x63", _linear_cross_entropy(1, 63, v=100, every=0), draws=32),
+        Case("9x63", _linear_cross_entropy(9, 63, v=100, bias=True), dtypes=HALVES, draws=8),
+        *(
+            Case(
+                how,
+                _linear_cross_entropy(17, 63, v=100, bias=True),
+                {"accumulate": how, "memory_budget": SMALL_BUDGET, **_OF_LOG_PROB},
+                dtypes=HALVES,
+                draws=8,
+            )
+            for how in ACCUMULATE
+        ),
+        Case("no-rows", _linear_cross_entropy(0, 63, v=100, bias=True)),
+        Case("all-ignored", _linear_cross_entropy(5, 24, v=63, every=1, bias=True)),
+        Case("3d", _linear_cross_entropy(2, 3, 24, v=63), draws=8),
+        Case("shift", _linear_cross_entropy(3, 5, 24, v=63), {"shift": True, "memory_budget": SMALL_BUDGET}, draws=8),
+        Case("vector", _linear_cross_entropy(24, v=63, every=0), draws=32),
+        Case("one-class", _linear_cross_entropy(7, 24, v=1)),
+        Case("1000-classes", _linear_cross_entropy(16, 64, v=1000), draws=4),
+    ),
+    hostile=(
+        Case("1e3", _linear_cross_entropy(5, 24, v=63, scale=1e3), draws=8),
+        Case("zero", _linear_cross_entropy(5, 24, v=63, scale=0.0)),
+        Case("nan", _linear_cross_entropy(5, 24, v=63, scale=math.nan, every=0)),
+        Case("large-cotangent", _linear_cross_entropy(5, 24, v=63), scale=1e4, draws=4),
+    ),
+    launches=(Case("8192x4096x128256", _linear_cross_entropy(8192, 4096, v=128256), {"accumulate": "exact"}),),
+    on_gpu=(
+        Case("1000x2048x32000", _linear_cross_entropy(1000, 2048, v=32000), draws=4),
+        *(
+            Case(
+                f"{how}-4096x1024x50257", _linear_cross_entropy(4096, 1024, v=50257, bias=True), {"accumulate": how, "memory_budget": 2**25}
+            )
+            for how in ACCUMULATE
+        ),
+    ),
+    large=Case("large", _linear_cross_entropy(2**31 // 4096 + 3, 4096, v=1000, every=0), dtypes=(BF16,)),
 )
 
 # --- softmax ----------------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -68,6 +70,27 @@ def test_losses_are_the_functions(device: torch.device, reduction: str) -> None:
     assert torch.equal(ours, liger_fn.linear_cross_entropy(x, w, target, b, **held))
     logits = x @ w.T + b
     assert torch.equal(liger_nn.CrossEntropyLoss(**held)(logits, target), liger_fn.cross_entropy(logits, target, **held))
+
+
+def test_a_head_hands_on_every_option(device: torch.device) -> None:
+    """Each at a value that is not its default, those of the call too."""
+    x, w, b = (torch.randn(s, device=device) for s in ((2, 3, 8), (11, 8), (11,)))
+    target = torch.tensor([[0, 3, 7], [-1, 10, 2]], device=device)
+    shared = {"ignore_index": -1, "softcap": 5.0, "logit_scale": 0.5, "temperature": 2.0, "shift": True, "accumulate": "exact"}
+    held = shared | {
+        "class_weight": torch.rand(11, device=device), "label_smoothing": 0.1, "z_loss": 0.1, "return_aux": True, "save": "recompute",
+        "memory_budget": 100, "reduction": "mean",
+    }  # fmt: skip
+    call = {"num_items": 5, "token_weight": torch.rand(2, 3, device=device)}
+    assert {"self", *held} == {"self", *inspect.signature(liger_nn.LinearCrossEntropyLoss).parameters}
+    ours = liger_nn.LinearCrossEntropyLoss(**held)(w, x, target, b, **call)
+    want = liger_fn.linear_cross_entropy(x, w, target, b, **held, **call)
+    assert torch.equal(ours[0], want[0])
+    assert torch.equal(ours[1].entropy, want[1].entropy)
+    log_prob, aux = liger_nn.LinearLogProb(**shared, memory_budget=100)(w, x, target, b)
+    want = liger_fn.linear_log_prob(x, w, target, b, **shared, memory_budget=100)
+    assert torch.equal(log_prob, want[0])
+    assert torch.equal(aux.lse, want[1].lse)
 
 
 def test_loss_hands_on_its_memory_budget(monkeypatch: pytest.MonkeyPatch) -> None:
