@@ -106,6 +106,11 @@ def test_make_bench_takes_the_sweeps_alone(tmp_path: Path) -> None:
     assert result.limits
 
 
+def test_make_bench_takes_the_heads_alone(tmp_path: Path) -> None:
+    result = _make_bench("heads and (tokens or errors)", tmp_path)
+    assert {(r.op, r.mode) for r in result.rows} == {("linear_cross_entropy", mode) for mode in (table.HEAD_SWEEP, table.HEAD_ERRORS)}
+
+
 KILL = """import os
 import pytest
 

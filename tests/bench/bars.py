@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from . import table
-from .peers import DONATE, LIGER, NATIVE, OURS
+from .peers import DONATE, EXACT, FP32, LIGER, LIGER_FP32, NATIVE, OURS, WEIGHT, WEIGHT_64
 from .results import Row
-from .table import BOTH, FORWARD, HOST
+from .table import BOTH, FORWARD, HEAD_BOTH, HEAD_FORWARD, HEAD_FROZEN, HEAD_HALF, HOST
 
 OF_LIGER, OF_NATIVE = 0.6, 2.2  # of what the host pays liger-kernel for a call and its backward, and PyTorch's own function
 STATISTICS = 1.0  # MiB that numbers kept for each row may take, beside the arrays that a bar of memory counts
@@ -39,9 +39,45 @@ class Verdict(NamedTuple):
         return None if self.found is None else self.found <= self.bar.most
 
 
-UNITS = {"over_floor": "÷ floor", "us": "µs", "mib": "MiB", "ours_over_this": "liger_fn ÷ this, host"}
+UNITS = {
+    "over_floor": "÷ floor", "us": "µs", "mib": "MiB", "ours_over_this": "liger_fn ÷ this", "ours_mib_over_this": "liger_fn ÷ this, MiB"
+}  # fmt: skip
 _NORMS = ("8192x4096", "16384x2048", "4096x8192", "2048x16384")
 _GLUS = ("swiglu", "geglu")
+
+_HEADS = {  # over the products: time and MiB of workspace of "weight", time of "fp32", time and MiB of "exact"
+    "8192x4096x128256": (1.12, 256.0, 1.15, 1.42, 384.0),
+    "16384x4096x128256": (1.10, 256.0, 1.15, 1.42, 512.0),
+    "16384x2048x128256": (1.15, 256.0, 1.20, 1.45, 384.0),
+    "32768x2304x256000": (1.12, 512.0, 1.18, 1.42, 512.0),
+    "16384x2048x32000": (1.20, 128.0, 1.25, 1.50, 256.0),
+}
+OF_LIGER_FP32 = 0.75  # of the time of liger-kernel with sums as exact, for no more memory
+UPSTREAM = 1.82  # liger-kernel's time over the products' at the first shape
+
+
+def _head(shape: str) -> tuple[Bar, ...]:
+    weight, weight_mib, fp32, exact, exact_mib = _HEADS[shape]
+    whole = "linear_cross_entropy", shape, HEAD_BOTH
+    return (
+        Bar(*whole, WEIGHT, "over_floor", weight),
+        Bar(*whole, WEIGHT, "mib", weight_mib),
+        Bar(*whole, FP32, "over_floor", fp32),
+        Bar(*whole, EXACT, "over_floor", exact),
+        Bar(*whole, EXACT, "mib", exact_mib),
+        Bar(*whole, LIGER_FP32, "ours_over_this", OF_LIGER_FP32),
+        Bar(*whole, LIGER_FP32, "ours_mib_over_this", 1.0),
+    )
+
+
+def _skipping(shape: str) -> tuple[Bar, ...]:
+    """What is not wanted costs nothing; and what 64 MiB of logits cost."""
+    each = (HEAD_HALF, WEIGHT, 0.62, 256.0), (HEAD_FORWARD, OURS, 1.15, 256.0), (HEAD_FROZEN, OURS, 1.15, 256.0)
+    op = "linear_cross_entropy"
+    time = (Bar(op, shape, mode, who, "over_floor", most) for mode, who, most, _ in each)
+    memory = (Bar(op, shape, mode, who, "mib", most) for mode, who, _, most in each)
+    return *time, *memory, Bar(op, shape, HEAD_BOTH, WEIGHT_64, "over_floor", UPSTREAM)
+
 
 DEVICE = (
     *(Bar("rms_norm", shape, FORWARD, OURS, "over_floor", 1.08) for shape in _NORMS),
@@ -58,6 +94,8 @@ DEVICE = (
     Bar("cross_entropy", "8192x128256", BOTH, DONATE, "us", 1700.0),
     Bar("cross_entropy", "8192x128256", BOTH, DONATE, "mib", STATISTICS),
     Bar("cross_entropy", "8192x32000", BOTH, OURS, "us", 550.0),
+    *(bar for shape in _HEADS for bar in _head(shape)),
+    *_skipping(next(iter(_HEADS))),
 )
 
 
@@ -84,13 +122,13 @@ def verdicts(rows: Iterable[Row]) -> list[Verdict]:
 def cells(verdict: Verdict) -> tuple[str, ...]:
     """(function, shape, pass, provider, bar, measured, met?) in words."""
     bar, found = verdict
-    digits = 0 if bar.what in ("us", "mib") else 2
+    digits, unit = 0 if bar.what in ("us", "mib") else 2, UNITS[bar.what] + (", host" if bar.mode == HOST else "")
     most, met = f"{bar.most:,.{digits}f}", {True: "yes", False: "**no**", None: "–"}[verdict.met]
     if found is None:
-        return *bar[:4], f"≤ {most} {UNITS[bar.what]}", "not measured", met
+        return *bar[:4], f"≤ {most} {unit}", "not measured", met
     while digits < 6 and (round(found, digits) <= bar.most) != verdict.met:
         digits += 1  # as many as it takes to show on which side of the bar it is
-    return *bar[:4], f"≤ {most} {UNITS[bar.what]}", f"{found:,.{digits}f}", met
+    return *bar[:4], f"≤ {most} {unit}", f"{found:,.{digits}f}", met
 
 
 def lines(rows: Sequence[Row]) -> list[str]:

@@ -11,9 +11,9 @@ import matplotlib
 matplotlib.use("Agg")  # draws to a file on machines without a display
 
 from matplotlib import pyplot as plt
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
-from .peers import COMPILE, DONATE, EAGER, LIGER, NATIVE, OURS, PROVIDERS
+from .peers import COMPILE, DONATE, EAGER, LIGER, NATIVE, OURS, PROVIDERS, WEIGHT
 from .report import along
 from .results import Row
 from .table import MODES
@@ -21,6 +21,7 @@ from .table import MODES
 Value = Callable[[Row], float | None]
 
 COLOURS = {OURS: "#e4572e", DONATE: "#f2a541", EAGER: "#c9ccd1", COMPILE: "#8a8f98", NATIVE: "#3a7ca5", LIGER: "#6aa84f"}
+COLOURS[WEIGHT] = "#f2a541"
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.color": "#222222", "axes.titlelocation": "left"}
 
 
@@ -63,6 +64,22 @@ def memory(rows: Sequence[Row], title: str, path: Path) -> None:
     _by_size(rows, {"peak MiB over the inputs": lambda r: r.mib}, title, path)
 
 
+def heads(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Time of a token, and the workspace of all, against tokens; dashed, the time of the matrix products alone."""
+    panels: dict[str, Value] = {"µs a token (dashed: three matrix products)": lambda r: r.us / r.size if r.us else None}
+    if any(r.mib is not None for r in rows):
+        panels["workspace, MiB, over inputs and gradients"] = lambda r: r.mib
+    ours = sorted((r for r in rows if r.provider == OURS and r.floor_us), key=lambda r: r.size)
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(1, len(panels), figsize=(11, 4.6), squeeze=False, layout="constrained", dpi=110)
+        for axes, (unit, value) in zip(grid[0], panels.items(), strict=True):
+            _lines(axes, sorted(rows, key=lambda r: r.size), value, log=True)
+            axes.set_title(unit)
+            axes.set_xlabel("tokens")
+        grid[0][0].plot([r.size for r in ours], [r.floor_us / r.size for r in ours], color="#222222", linewidth=0.8, linestyle="--")
+        _finish(figure, title, path)
+
+
 def _by_size(rows: Sequence[Row], values: dict[str, Value], title: str, path: Path) -> None:
     ops = list(dict.fromkeys(r.op for r in rows))
     with plt.rc_context(STYLE):
@@ -77,8 +94,8 @@ def _by_size(rows: Sequence[Row], values: dict[str, Value], title: str, path: Pa
         _finish(figure, title, path)
 
 
-def _lines(axes: Any, rows: Sequence[Row], value: Value) -> None:
-    """A line for each provider, ours on top; sizes by powers of 2, and values from 0 where that shows how they differ."""
+def _lines(axes: Any, rows: Sequence[Row], value: Value, *, log: bool = False) -> None:
+    """A line for each provider, ours on top; sizes by powers of 2, and values from 0 where that shows how they differ, if not `log`."""
     lengths = sorted({r.size for r in rows})
     values = [v for r in rows if (v := value(r)) is not None]
     for i, provider in enumerate(p for p in PROVIDERS if any(r.provider == p for r in rows)):
@@ -92,8 +109,10 @@ def _lines(axes: Any, rows: Sequence[Row], value: Value) -> None:
     axes.set_xticks(lengths, [_length(n) for n in lengths])
     axes.minorticks_off()
     span = max(values) / min(values) if min(values, default=0) > 0 else 1
-    if span > 4:
+    if log or span > 4:
         axes.set_yscale("log", base=2 if span < 40 else 10)
+        if span <= 4:
+            axes.yaxis.set_major_locator(LogLocator(2, (1.0, 1.25, 1.5, 1.75)))
         axes.yaxis.set_major_formatter(lambda v, _: f"{v:,.10g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:

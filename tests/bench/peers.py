@@ -6,7 +6,7 @@ Each provider takes the arguments of `tests.bench.table` in their order and its 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,9 +18,16 @@ import liger_fn
 Fn = Callable[..., Any]
 Providers = dict[str, Fn]
 
-OURS, DONATE, EAGER, COMPILE, NATIVE, LIGER = PROVIDERS = (
+OURS, DONATE, EAGER, COMPILE, NATIVE, LIGER = (
     "liger_fn", "liger_fn donate", "eager", "torch.compile", "native", "liger-kernel"
 )  # fmt: skip
+# Of the heads alone: ways to sum the weight's gradient, to keep nothing until backward, and to do with 64 MiB of logits.
+WEIGHT, FP32, EXACT, RECOMPUTE, WEIGHT_64, EXACT_64, LIGER_FP32, CCE = (
+    "liger_fn weight", "liger_fn fp32", "liger_fn exact", "liger_fn recompute", "liger_fn weight 64 MiB", "liger_fn exact 64 MiB",
+    "liger-kernel fp32", "cut-cross-entropy",
+)  # fmt: skip
+MINE = (OURS, DONATE, WEIGHT, FP32, EXACT, RECOMPUTE, WEIGHT_64, EXACT_64)
+PROVIDERS = (*MINE, EAGER, COMPILE, NATIVE, LIGER, LIGER_FP32, CCE)
 EPS, LAYER_EPS = 1e-6, 1e-5  # what the functions take by themselves
 DONATING = ("swiglu", "geglu", "cross_entropy")  # measured with donate=True too
 
@@ -164,3 +171,86 @@ def for_sweep(name: str, device: torch.device) -> Providers:
     """Those whose figures are drawn against size: ours, the compiler's, PyTorch's own (eager code where it has none), liger-kernel's."""
     found = providers(name, device)
     return {k: found[k] for k in (OURS, NATIVE if NATIVE in found else EAGER, COMPILE, LIGER) if k in found}
+
+
+# --- heads ------------------------------------------------------------------------------------------------------------------------------
+
+SUMS = {WEIGHT: "weight", FP32: "fp32", EXACT: "exact"}
+_BUDGET = {"memory_budget": 64 * 2**20}
+HEAD_OPTIONS: dict[str, dict[str, Any]] = {
+    OURS: {},
+    **{name: {"accumulate": how} for name, how in SUMS.items()},
+    RECOMPUTE: {"save": "recompute"},
+    WEIGHT_64: {"accumulate": "weight"} | _BUDGET,
+    EXACT_64: {"accumulate": "exact"} | _BUDGET,
+}
+
+
+def _head(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy((x @ w.T).float(), target)
+
+
+def _head_rows(x: Tensor, w: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's lse, and its target's log-probability."""
+    logits = (x @ w.T).float()
+    lse = logits.logsumexp(-1)
+    return lse, logits.gather(1, target[:, None]).squeeze(1) - lse
+
+
+@cache
+def _compiled(fn: Fn) -> Fn:
+    """The same one each time, so that no shape is compiled twice."""
+    return torch.compile(fn, dynamic=False)
+
+
+def _cut_cross_entropy() -> Fn | None:
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError:
+        return None
+    return linear_cross_entropy
+
+
+def _liger_head(accum_dtype: torch.dtype | None = None, reduction: str = "mean") -> Fn:
+    from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction as Function
+
+    # in between: bias, class weights, ignore_index, z-loss, label smoothing; soft cap, whether to return the z-loss
+    return lambda x, w, target: Function.apply(x, w, target, None, None, -100, 0.0, 0.0, reduction, None, False, accum_dtype)[0]
+
+
+def heads(device: torch.device) -> Providers:
+    """Every implementation of a head's loss there is on `device`, by (x, weight, target)."""
+    found = uncompiled("linear_cross_entropy", device)
+    found |= {name: partial(found[OURS], **options) for name, options in HEAD_OPTIONS.items()}
+    if device.type == "cuda":
+        found[COMPILE] = _compiled(_head)
+        if LIGER in found:
+            found[LIGER_FP32] = _liger_head(torch.float32)
+        if (cut := _cut_cross_entropy()) is not None:
+            found[CCE] = cut
+    return {k: found[k] for k in PROVIDERS if k in found}
+
+
+def head_rows(device: torch.device) -> Providers:
+    """What says (lse, log-probability of the target) of each row; None for what a library does not tell."""
+
+    def ours(options: dict[str, Any]) -> Fn:
+        def rows(x: Tensor, w: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+            aux = liger_fn.linear_cross_entropy(x, w, target, return_aux=True, **options)[1]
+            return aux.lse, aux.log_prob
+
+        return rows
+
+    def of_losses(fn: Fn) -> Fn:
+        return lambda x, w, target: (None, -fn(x, w, target))
+
+    found: Providers = {name: ours(HEAD_OPTIONS[name]) for name in (OURS, *SUMS)} | {EAGER: _head_rows}
+    every = heads(device)
+    if COMPILE in every:
+        found[COMPILE] = _compiled(_head_rows)
+    for name, dtype in ((LIGER, None), (LIGER_FP32, torch.float32)):
+        if name in every:
+            found[name] = of_losses(_liger_head(dtype, "none"))
+    if CCE in every:
+        found[CCE] = of_losses(partial(every[CCE], reduction="none"))
+    return found

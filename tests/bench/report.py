@@ -12,9 +12,9 @@ from pathlib import Path
 
 from . import bars, results
 from .measure import SMALL
-from .peers import DONATE, OURS, PROVIDERS
+from .peers import MINE, OURS, PROVIDERS
 from .results import GREEN, Result, Row
-from .table import HOST, MODES, SWEEP, SWEEPS
+from .table import HEAD_BOTH, HEAD_ERRORS, HEAD_MODES, HEAD_SWEEP, HOST, MODES, SWEEP, SWEEPS
 
 DOCS = results.ROOT / "docs"
 
@@ -39,6 +39,10 @@ How it is measured, in `tests/bench`:
 - *by size* are the figures behind the plots against size, forward + backward, from 10 to 50 replays.
 - *host* is what a call and its backward cost the host on a tiny input, in pairs of short turns of liger_fn and the other; the ratio is the
   median over the pairs.
+- *head* is linear cross entropy at the sizes of real models. It is timed between events around plain calls, since a call that is captured
+  in a graph keeps the rows whose target is ignored. Its floor is the three matrix products of its shape (two where the weight is frozen,
+  one without gradients), by cuBLAS, timed in turns with each provider, since a long run heats a GPU and slows both: medians of 3 to 9
+  turns. *workspace* is the peak over the inputs and over the gradients themselves.
 - No figure is shown for a function that is wrong: before it is timed, it is compared with its definition in fp64 at every width below,
   by the rule in `tests/numerics.py`.
 """
@@ -79,7 +83,7 @@ def _beaten(rows: Sequence[Row], what: str) -> tuple[int, list[tuple[Row, Row]]]
     count, found = 0, []
     for group in _groups(rows):
         ours = next((r for r in group if r.provider == OURS and getattr(r, what) is not None), None)
-        peers = [r for r in group if r.provider not in (OURS, DONATE) and getattr(r, what) is not None]
+        peers = [r for r in group if r.provider not in MINE and getattr(r, what) is not None]
         if ours is not None and peers:
             best = min(peers, key=lambda r: getattr(r, what))
             count += 1
@@ -151,6 +155,61 @@ def _us_and_mib(r: Row | None) -> str:
     return f"{_us(r.us)} / {_number(r.mib)}" + ("" if not r.by_events else " (timed by events)") + ("" if r.us else f" ({r.note})")
 
 
+def _heads(rows: Sequence[Row]) -> str:
+    """Linear cross entropy: each shape, what is skipped, along tokens, and the errors."""
+    text = """### Linear cross entropy: the head
+
+The shape is tokens x hidden x vocabulary. *liger_fn* takes the function's defaults; *weight*, *fp32* and *exact* are its `accumulate`,
+*recompute* its `save`, *64 MiB* its `memory_budget`; *liger-kernel fp32* has `accum_dtype=torch.float32`.
+"""
+    whole, other = [r for r in rows if r.mode == HEAD_BOTH], [r for r in rows if r.mode in HEAD_MODES[1:]]
+    if whole:
+        cells = [(r.shape, *_head_cells(r), _times(r.ours_over_this), _times(r.ours_mib_over_this)) for g in _groups(whole) for r in g]
+        text += "\n" + _table(("shape", "provider", "ms", "÷ products", "workspace, MiB", "liger_fn ÷ this", "in workspace"), cells)
+    if other:
+        cells = [(r.shape, r.mode.removeprefix("head: "), *_head_cells(r)) for group in _groups(other) for r in group]
+        text += "\n" + _table(("shape", "with", "provider", "ms", "÷ products", "workspace, MiB"), cells)
+    by_tokens = sorted((r for r in rows if r.mode == HEAD_SWEEP), key=lambda r: r.size)
+    if by_tokens:
+        providers = [p for p in PROVIDERS if any(r.provider == p for r in by_tokens)]
+        found = {(r.shape, r.provider): r for r in by_tokens}
+        cells = [(s, *(_ms_and_mib(found.get((s, p))) for p in providers)) for s in dict.fromkeys(r.shape for r in by_tokens)]
+        text += "\nms and, after the slash, MiB of workspace:\n\n" + _table(("shape", *providers), cells)
+    compared = [r for r in rows if r.mode == HEAD_ERRORS]
+    names = list(dict.fromkeys(k for r in compared for k in r.errors or {}))
+    for shape in dict.fromkeys(r.shape for r in compared):
+        cells = [(_noted(r), *(_error(r, k) for k in names)) for r in compared if r.shape == shape]
+        text += f"\nErrors at {shape}, {ERRORS}:\n\n" + _table(("provider", *names), cells)
+    return text
+
+
+ERRORS = (
+    "‖found − truth‖ ÷ ‖truth‖ with truth in fp64 (dx of 256 rows, dweight of 512 classes; that of the loss, one number, is partly luck)"
+)
+
+
+def _noted(r: Row) -> str:
+    return r.provider + (f" ({r.note})" if r.note else "")
+
+
+def _head_cells(r: Row) -> tuple[str, ...]:
+    return _noted(r), _number(r.us / 1e3 if r.us else None, 2), _number(r.over_floor, 3), _number(r.mib)
+
+
+def _ms_and_mib(r: Row | None) -> str:
+    if r is None:
+        return "–"
+    return f"{_number(r.us / 1e3 if r.us else None, 2)} / {_number(r.mib)}" + (f" ({r.note})" if r.note else "")
+
+
+def _times(ratio: float | None) -> str:
+    return "–" if ratio is None else f"× {ratio:.2f}"
+
+
+def _error(r: Row, what: str) -> str:
+    return "–" if not r.errors or what not in r.errors else f"{r.errors[what]:.2g}"
+
+
 def along(op: str) -> str:
     """What the length is called along which a function was measured."""
     return next((s.along for s in SWEEPS if s.op == op), "size")
@@ -168,6 +227,7 @@ def _host(rows: Sequence[Row]) -> str:
 def _section(stem: str, result: Result) -> str:
     m, rows = result.machine, result.allowed()
     timed, host, by_size = [r for r in rows if r.mode in MODES], [r for r in rows if r.mode == HOST], [r for r in rows if r.mode == SWEEP]
+    heads = [r for r in rows if r.mode in HEAD_MODES]
     versions = ", ".join(f"{k} {v}" for k, v in m.items() if k != "device")
     parts = [
         f"## {m['device']}, torch {m['torch']}, {m['date']}\n\n{m['device']}, {versions} ([JSON](../tests/bench/results/{stem}.json)).\n"
@@ -185,10 +245,13 @@ def _section(stem: str, result: Result) -> str:
         parts.append("### No figures: these functions are wrong here\n\n" + "".join(red))
     if m["device"] != "cpu":
         parts.append(_bars(rows))
-    parts.append(_where_beaten(timed, "us", "µs", "Where a peer is faster"))
-    parts.append(_where_beaten(timed, "mib", "MiB", "Where a peer needs less memory"))
+    parts.append(_where_beaten([*timed, *heads], "us", "µs", "Where a peer is faster"))
+    parts.append(_where_beaten([*timed, *heads], "mib", "MiB", "Where a peer needs less memory"))
     parts.append("\n".join(f"![{FIGURES[which]}](figures/bench-{stem}-{which}.png)\n" for which in drawn(result)))
     parts += [_function(op, [r for r in timed if r.op == op]) for op in dict.fromkeys(r.op for r in timed)]
+    of_heads = [r for r in rows if r.mode in (*HEAD_MODES, HEAD_SWEEP, HEAD_ERRORS)]
+    if of_heads:
+        parts.append(_heads(of_heads))
     if by_size:
         parts.append(_by_size(by_size))
     if host:
@@ -200,6 +263,7 @@ FIGURES = {
     "floor": "how much of what the machine can do each provider reaches",
     "time": "time by size",
     "memory": "memory by size",
+    "heads": "time and workspace of linear cross entropy by tokens",
 }
 
 
@@ -207,7 +271,8 @@ def drawn(result: Result) -> dict[str, list[Row]]:
     """The figures that a run has rows for, and those."""
     rows = result.allowed()
     timed, by_size = [r for r in rows if r.mode in MODES], [r for r in rows if r.mode == SWEEP]
-    found = {"floor": timed, "time": by_size, "memory": [r for r in by_size if r.mib is not None]}
+    heads = [r for r in rows if r.mode == HEAD_SWEEP]
+    found = {"floor": timed, "time": by_size, "memory": [r for r in by_size if r.mib is not None], "heads": heads}
     return {which: each for which, each in found.items() if each}
 
 

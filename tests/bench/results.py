@@ -32,11 +32,13 @@ class Row:
     bytes: int = 0
     flops: int = 0
     floor_us: float | None = None
-    mib: float | None = None  # at the peak, over the inputs
-    ours_over_this: float | None = None  # host: the median ratio of paired turns
+    mib: float | None = None  # at the peak, over the inputs; of a head, and over the gradients
+    ours_over_this: float | None = None  # host: the median ratio of paired turns; a head: of the times over their floors
+    ours_mib_over_this: float | None = None  # a head
     by_events: bool = False  # timed between events around plain calls: it makes the host wait, so that no graph could be replayed
     size: int = 0  # in a sweep: the number along which it goes
     note: str = ""
+    errors: dict[str, float] | None = None  # a head's, by what is compared: relative, against fp64
 
     @property
     def gbs(self) -> float | None:
@@ -86,7 +88,7 @@ def machine(device: torch.device) -> dict[str, str]:
     }
     if gpu:
         found["hip" if torch.version.hip else "cuda"] = str(torch.version.hip or torch.version.cuda)
-    for name in ("triton", "liger-kernel"):
+    for name in ("triton", "liger-kernel", "cut-cross-entropy"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

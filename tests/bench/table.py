@@ -19,6 +19,10 @@ from tests.cases import Inputs, Maker
 Sizes = tuple[int, ...]
 FORWARD, BOTH, HOST, SWEEP = "forward", "forward + backward", "host", "by size: forward + backward"
 MODES = (FORWARD, BOTH)
+# Of the heads, see `heads`: all gradients, half the targets ignored, no gradients at all, none of the weight; by tokens; against fp64.
+HEAD_BOTH, HEAD_HALF, HEAD_FORWARD, HEAD_FROZEN = "head", "head: half ignored", "head: forward, no_grad", "head: frozen weight"
+HEAD_SWEEP, HEAD_ERRORS = "head: by tokens", "head: errors"
+HEAD_MODES = (HEAD_BOTH, HEAD_HALF, HEAD_FORWARD, HEAD_FROZEN)
 
 
 def _elements(*sizes: int) -> int:
@@ -158,7 +162,7 @@ ALL = (
     ),
     Bench(
         op="linear_cross_entropy", make=_head, tiny=(8, 32, 100), products=(1, 3), draws=8,
-        sizes=((8192, 4096, 128256), (16384, 2048, 32000)), gate_rows=4500,  # more than one chunk
+        sizes=((16384, 2048, 32000),), gate_rows=4500,  # more than one chunk; the sizes of real models: `heads`
     ),
 )  # fmt: skip
 
