@@ -297,7 +297,7 @@ def kernel_rows(
         whole = None if whole is None else whole.sum(dtype=torch.float32)
     strides = (
         stride, target.stride(0), 0 if grad is None else grad.stride(0), 0 if scale is None or scale.numel() == 1 else scale.stride(0),
-        0 if aux is None else aux.shape[1],
+        0 if aux is None else aux.stride(0),
     )  # fmt: skip
     plan = _plan(
         len(logits), v, logits.element_size(), loss is not None, grad is not None, aux is not None, part is not None, numbers,

@@ -250,6 +250,7 @@ LINEAR_LOG_PROB = Table(
             )
             for how in ACCUMULATE
         ),
+        Case("chunks-all-count", _linear_cross_entropy(17, 63, v=100, every=0), {"memory_budget": SMALL_BUDGET}, draws=8),
         Case("no-rows", _linear_cross_entropy(0, 63, v=100, bias=True)),
         Case("all-ignored", _linear_cross_entropy(5, 24, v=63, every=1, bias=True)),
         Case("3d", _linear_cross_entropy(2, 3, 24, v=63), draws=8),

@@ -115,6 +115,17 @@ def test_every_option_against_whole_logits(backend: str, accumulate: str, device
         torch.testing.assert_close(a, b, msg=name)
 
 
+@pytest.mark.parametrize("ignored", [0, 4])
+def test_aux_of_many_chunks(backend: str, ignored: int, device: torch.device) -> None:
+    """Of every row, whether rows are dropped or not."""
+    x, weight, target = inputs(device, rows=20)
+    target[:ignored] = -100
+    _, aux = liger_fn.linear_cross_entropy(x, weight, target, return_aux=True, **SMALL)
+    _, want = liger_fn.cross_entropy(x @ weight.T, target, return_aux=True)
+    for name, a, b in zip(want._fields, aux, want, strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
 def test_shift_is_of_labels_and_weights(backend: str, device: torch.device) -> None:
     x, weight, target = inputs(device, rows=12)
     x, target = x.view(3, 4, H), target.view(3, 4)
