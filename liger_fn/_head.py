@@ -30,6 +30,7 @@ ACCUMULATE = ("auto", "weight", "fp32", "exact")
 # The logits of a chunk's rows, of all classes or of a part: look at them, and where the last says so turn them into their gradient.
 Turn = Callable[[Tensor, Chunk, Part | None, bool], None]
 
+LIFT = 1024.0  # float16 keeps small probabilities as subnormals, or not at all
 RUN = 512  # terms an fp32 product of a chunk sums one after another
 ROWS, LEAST_BYTES = 1024, 128 * 2**20  # of logits at a time, see `default_budget`
 FEW = 16  # chunks whose shares of dw may each be rounded: with more, their error would pass that of 16-bit logits and a rounding
@@ -224,6 +225,15 @@ def blank(found: tuple[Tensor | None, ...], dropped: Tensor) -> None:
             t.masked_fill_(dropped, 0.0)
 
 
+def lift(like: Tensor, factor: float, *weights: Tensor | None) -> Tensor:
+    """What float16's unscaled gradients of logits are made larger by, so that a gradient of `factor`, times the weights, still fits."""
+    most = like.new_full((1,), max(1.0, factor))
+    for w in weights:
+        if w is not None and w.numel():
+            most = most * w.abs().nan_to_num(1.0, 1.0, 1.0).amax().clamp(min=1.0)
+    return LIFT / most
+
+
 def default_budget(weight: Tensor) -> int:
     """Bytes of logits at a time, as measured on an H100: those of ROWS rows keep the products near their rate, and so do LEAST_BYTES."""
     return max(ROWS * weight.shape[0] * weight.element_size(), LEAST_BYTES)
@@ -236,7 +246,7 @@ def settle(head: Head, keep: Kept, accumulate: str, memory_budget: int) -> tuple
     if keep.count <= rows or weight.dtype in (torch.float32, torch.float64):
         return "weight" if accumulate == "auto" or keep.count <= rows else accumulate, rows
     if accumulate == "auto":
-        few = cdiv(keep.count, rows) <= FEW
+        few = len(cut(keep.count, rows)) <= FEW
         accumulate = "weight" if few else "fp32" if 4 * weight.numel() <= some else "exact"
     if accumulate == "fp32" and not memory_budget:
         # The rounded gradient will take this much, once the logits are gone.
@@ -273,7 +283,8 @@ def walk(
     how, rows = settle(head, keep, accumulate, memory_budget)
     exact = how == "exact" and needs[1]
     whole = exact and 4 * keep.count * weight.shape[1] <= DX_SUM  # dx as a sum over classes saves two passes over the logits
-    x = head.x.index_select(0, keep.index) if (exact or not any(needs)) and keep.index is not None else head.x
+    direct = fused is not None and not any(needs)
+    x = head.x.index_select(0, keep.index) if (exact or direct) and keep.index is not None else head.x
     seen = statistics(fused, head, keep, x) if fused is not None and keep.count and (whole or not any(needs)) else None
     if not any(needs):
         if seen is None:

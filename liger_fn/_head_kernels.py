@@ -208,6 +208,7 @@ def fits(x: Tensor, weight: Tensor) -> bool:
         and x.dtype is weight.dtype
         and x.dtype in (torch.bfloat16, torch.float16)
         and x.shape[0] >= LEAST_ROWS
+        and x.shape[1] * x.element_size() % ALIGNED == 0  # so that rows that are gathered start there too
         and weight.shape[0] >= LEAST_CLASSES
         and _aligned(x)
         and _aligned(weight)

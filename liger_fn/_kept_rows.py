@@ -1,6 +1,6 @@
 """The rows of a head whose target counts: only they enter its matrix products.
 
-On a GPU only the device knows how many they are. Where there are rows enough for it to matter, the host waits for that number, once a call,
+On a GPU only the device knows how many they are. Where there are rows enough for it to matter, the host waits for that number, once a pass,
 until the work queued before is done; the device then idles for some ten microseconds. Where all logits fit the budget at once, or a CUDA
 graph is being captured, every row enters, and those that do not count have a gradient of 0.
 """
@@ -53,6 +53,8 @@ def cut(n: int, fit: int) -> list[slice]:
 
     Not in even ones: a product of 832 rows takes a GPU as long as one of 1024, whose tiles its multiprocessors share as evenly.
     """
+    if n <= fit:
+        return [slice(0, n)] if n else []
     rows = max(1, fit if fit < TILE else fit // TILE * TILE)
     return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
 
@@ -60,11 +62,11 @@ def cut(n: int, fit: int) -> list[slice]:
 def kept(target: Tensor, ignore_index: int, at_once: int) -> Kept:
     """Those of `[N]` targets that count; all of them where `at_once` rows or fewer need no second look, see above."""
     n, kind = len(target), target.device.type
-    if kind == "cpu":
+    if kind != "cpu" and (n <= at_once or kind == "meta" or (kind == "cuda" and torch.cuda.is_current_stream_capturing())):
+        return Kept(n, None)
+    if kind != "cuda":
         index = (target != ignore_index).nonzero().squeeze(-1)
         return Kept(len(index), None if len(index) == n else index)
-    if n <= at_once or kind == "meta" or (kind == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return Kept(n, None)
     counts = target != ignore_index
     index = torch.nonzero_static(counts, size=n, fill_value=-1).squeeze(-1)
     count = _on_host(counts.sum())
@@ -73,8 +75,6 @@ def kept(target: Tensor, ignore_index: int, at_once: int) -> Kept:
 
 def _on_host(number: Tensor) -> int:
     """A number of the device's, waited for."""
-    if number.device.type != "cuda":
-        return int(number)
     here = torch.empty((), dtype=number.dtype, pin_memory=True)
     here.copy_(number, non_blocking=True)
     there = torch.cuda.Event()

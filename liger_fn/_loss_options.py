@@ -26,15 +26,15 @@ def class_weights(op: str, name: str, weight: Tensor | None, like: Tensor, v: in
     return weight.contiguous()
 
 
-def token_weights(op: str, weight: Tensor | None, target: Tensor) -> Tensor | None:
-    """A weight for each row, which has no gradient, in fp32 (fp64 stays)."""
+def token_weights(op: str, weight: Tensor | None, target: Tensor, x: Tensor) -> Tensor | None:
+    """A weight for each row, which has no gradient, in the precision of x's statistics."""
     if weight is None:
         return None
     _check.optional(op, token_weight=weight)
     _check.shape(op, "token_weight", weight, target.shape, "the shape of target")
     _check.same_device(op, target, token_weight=weight)
     _check.no_grad_for(op, token_weight=weight)
-    return _check.wide(weight)
+    return weight.to(_check.wide_dtype(x))
 
 
 def shifted(t: Tensor, fill: float) -> Tensor:

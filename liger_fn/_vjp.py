@@ -122,7 +122,7 @@ class Op(Generic[P, R]):
 
         Args:
             residuals: what `fwd` returned second.
-            dy: the cotangent, of the shape of what `fwd` returned first (a tuple where that is one).
+            dy: the cotangent, of the shape of what `fwd` returned first (one flat tuple where that is several tensors).
             needs: which gradients to compute, one flag for each; all by default.
             donate: nobody will read what `fwd` computed for this backward again, so its memory may be reused: call `bwd` once only.
 
@@ -143,7 +143,9 @@ class Op(Generic[P, R]):
         """Kernels trust the shape of `dy`, which autograd vouches for and a caller of `bwd` does not."""
         each, want = dy if self.n_out > 1 else (dy,), self.cotangents(residuals)
         if not isinstance(each, tuple | list) or len(each) != self.n_out or not all(isinstance(d, Tensor) for d in each):
-            raise TypeError(f"{self.name}.bwd: dy must be {self.n_out} tensor(s), shaped as what {self.name}.fwd returned first")
+            raise TypeError(
+                f"{self.name}.bwd: dy must be {self.n_out} tensor(s), in one flat tuple, as {self.name}.fwd returned them first"
+            )
         for d, shape in zip(each, want, strict=True):
             if len(d.shape) != len(shape) or any(w is not None and n != w for n, w in zip(d.shape, shape, strict=True)):
                 raise ValueError(

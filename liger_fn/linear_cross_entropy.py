@@ -23,7 +23,7 @@ from torch import Tensor
 from . import _check
 from ._backend import in_own_dtypes
 from ._check import dense
-from ._head import ACCUMULATE, Accumulate, Fused, Head, Rows, budget, head_arguments, walk
+from ._head import ACCUMULATE, Accumulate, Fused, Head, Rows, budget, head_arguments, lift, walk
 from ._head_kernels import fits
 from ._kept_rows import Chunk, Kept
 from ._loss_mean import divisor_dtype, plain_reduce
@@ -34,7 +34,6 @@ from .cross_entropy import KERNELS, PLAIN, CrossEntropyAux, Parts, aux_of
 
 Save = Literal["grads", "recompute"]
 SAVE = ("grads", "recompute")
-LIFT = 1024.0  # fp16 keeps small probabilities as subnormals, or not at all: its unscaled gradients are made this much larger
 
 
 class Residuals(NamedTuple):
@@ -108,6 +107,10 @@ def _storage(t: Tensor) -> torch.dtype:
     return torch.float32 if t.dtype is torch.float16 else t.dtype
 
 
+def _lift(res: Residuals) -> Tensor:
+    return lift(res.stats, res.logit_scale / res.temperature, res.class_weight, res.token_weight)
+
+
 def _outputs(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, token_weight: Tensor | None,
     num_items: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, logit_scale: float,
@@ -144,7 +147,7 @@ def _fwd(
     )  # fmt: skip
     scale = None if token_weight is None else token_weight.reshape(-1)
     if now and weight.dtype is torch.float16:
-        scale = each.new_full((1,), LIFT) if scale is None else scale * LIFT
+        scale = _lift(res) if scale is None else scale * _lift(res)
     dx, dweight, dbias = _pass(res, needs if now else (False,) * 3, scale, parts, each)
     y, _ = parts.reduce(_weighted(each, token_weight, flat, ignore_index), target, ignore_index, reduction, None, None, divisor)
     assert y is not None  # each is there
@@ -220,7 +223,7 @@ def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, parts: Parts) -
         scale = dy.reshape(-1) if weights is None else weights.reshape(-1) * dy.reshape(-1)
         return _pass(res, needs, scale, parts)
     lifted = res.weight.dtype is torch.float16
-    factor = dy / LIFT if lifted else dy
+    factor = dy / _lift(res).squeeze() if lifted else dy
     if lifted and res.divisor is not None and res.reduction == "mean":
         factor = factor / res.divisor
     grads = []
@@ -278,7 +281,7 @@ def linear_cross_entropy(
     Args:
         x: `[..., H]`; float32, bfloat16, float16 (kernels) or float64 (plain PyTorch).
         weight: `[V, H]`, of x's dtype. target: `[...]`, integers in [0, V), or `ignore_index` where a row does not count. Such rows enter
-            no matrix product: to count them, a GPU's host waits once for the work queued before, where the logits take several chunks.
+            no matrix product: to count them, a GPU's host waits for the work queued before, once a pass, where there are several chunks.
         bias: `[V]`, of x's dtype, or None.
         class_weight: `[V]`, a weight for each class, as in `torch.nn.functional.cross_entropy`; a mean divides by those of the targets.
         token_weight: `[...]`, multiplies each row's loss; a mean divides by what it would without.
@@ -322,7 +325,7 @@ def linear_cross_entropy(
     """
     op = "linear_cross_entropy"
     x, weight, bias, target = head_arguments(op, x, weight, bias, target)
-    token_weight = token_weights(op, token_weight, target)
+    token_weight = token_weights(op, token_weight, target, x)
     _check.integer(op, "ignore_index", ignore_index)
     if shift:
         _check.rank(op, "x", x, 2)

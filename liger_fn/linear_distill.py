@@ -28,9 +28,8 @@ from ._backend import in_own_dtypes
 from ._check import dense
 from ._distill_kernel import kernel_rows
 from ._distill_rows import DIVERGENCES, STATS, Distance, DistillRows, divergences, plain_rows
-from ._head import FEW, Gradients, Head, budget, by_tokens, default_budget
-from ._kept_rows import Chunk, Kept, kept
-from ._launch import cdiv
+from ._head import FEW, Gradients, Head, budget, by_tokens, default_budget, lift
+from ._kept_rows import Chunk, Kept, cut, kept
 from ._loss_mean import Reduce, divisor_dtype, kernel_reduce, plain_reduce
 from ._loss_options import REDUCTIONS, Reduction, items, number
 from ._loss_rows import Part
@@ -41,7 +40,6 @@ Divergence = Literal["kl", "reverse_kl", "jsd", "tvd"]
 Save = Literal["grads", "recompute"]
 Accumulate = Literal["auto", "weight", "fp32"]
 SAVE, ACCUMULATE = ("grads", "recompute"), ("auto", "weight", "fp32")
-LIFT = 1024.0  # fp16 keeps small probabilities as subnormals, or not at all: its unscaled gradients are made this much larger
 
 
 class Parts(NamedTuple):
@@ -114,6 +112,10 @@ def _count(x: Tensor, target: Tensor | None, num_items: Tensor | None, reduction
     return torch.full((), prod(x.shape[:-1]), dtype=torch.int64, device=x.device)
 
 
+def _lift(res: Residuals) -> Tensor:
+    return lift(res.stats, 1.0 / res.temperature, res.token_weight)
+
+
 def _weighted(each: Tensor, token_weight: Tensor | None, left_out: Tensor | None) -> Tensor:
     """Losses times the weights of their rows; that of a row which does not count may be anything."""
     if token_weight is None:
@@ -163,7 +165,7 @@ def _fwd(
     )  # fmt: skip
     scale = None if token_weight is None else token_weight.reshape(-1)
     if weight.dtype is torch.float16:
-        scale = each.new_full((1,), LIFT) if scale is None else scale * LIFT
+        scale = _lift(res) if scale is None else scale * _lift(res)
     now = _now(reduction, save)
     dx, dweight, dbias = _pass(res, needs if now else (False,) * 3, scale, parts, each)
     left_out = None if target is None or token_weight is None else target.reshape(-1) == ignore_index
@@ -222,7 +224,7 @@ def _settle(student: Head, teacher: Head, target: Tensor | None, res: Residuals)
     keep = Kept(student.x.shape[0], None) if target is None else kept(target, res.ignore_index, at_once)
     copies = 0 if keep.index is None else 2 * student.x.shape[1] + teacher.x.shape[1]
     rows = max(1, some // (size * (logits + copies)))
-    chunks = cdiv(keep.count, rows)
+    chunks = len(cut(keep.count, rows))
     if chunks <= 1 or weight.dtype in (torch.float32, torch.float64):
         return keep, rows, "weight"
     return keep, rows, ("weight" if chunks <= FEW else "fp32") if res.accumulate == "auto" else res.accumulate
@@ -234,7 +236,8 @@ def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, parts: Parts) -
         return _pass(res, needs, dy.reshape(-1) if weights is None else weights.reshape(-1) * dy.reshape(-1), parts)
     factor = dy
     if res.weight.dtype is torch.float16:
-        factor = dy / LIFT if res.divisor is None else dy / LIFT / res.divisor
+        factor = dy / _lift(res).squeeze()
+        factor = factor if res.divisor is None else factor / res.divisor
     grads = []
     for made, like, need in zip((res.dx, res.dweight, res.dbias), (res.dx, res.weight, res.bias), needs, strict=True):
         out = None
@@ -306,7 +309,7 @@ def linear_distill(
         memory_budget: bytes of logits, both heads' together, that may exist at a time (at least one row's). None: of 1024 rows, or
             256 MiB where that is more. Less is slower once a chunk has few hundred rows.
         accumulate: how the chunks' shares of the weight's gradient are summed. "weight": in its dtype, one rounding a chunk. "fp32": in a
-            buffer of 4 V H bytes. "auto": "weight" up to 8 chunks, "fp32" beyond. (`linear_cross_entropy`'s "exact" is not offered.) In
+            buffer of 4 V H bytes. "auto": "weight" up to 16 chunks, "fp32" beyond. (`linear_cross_entropy`'s "exact" is not offered.) In
             float32 all are sums in float32; in float16 "weight" is "fp32" where forward makes the gradients.
         save: "grads" makes the gradients in forward, four matrix products in all, and holds them until backward. "recompute" holds
             nothing but 24 bytes a row, and makes the logits again in backward: six products. So does reduction="none".
@@ -351,7 +354,7 @@ def linear_distill(
         _check.optional(op, token_weight=token_weight)
         _check.shape(op, "token_weight", token_weight, shape, why)
         _check.no_grad_for(op, token_weight=token_weight)
-        token_weight = _check.wide(token_weight)
+        token_weight = token_weight.to(_check.wide_dtype(x))
     _check.same_device(op, x, x_teacher=x_teacher, target=target, token_weight=token_weight)
     x_teacher, weight_teacher = x_teacher.to(x.dtype), weight_teacher.to(x.dtype)
     bias_teacher = None if bias_teacher is None else bias_teacher.to(x.dtype)

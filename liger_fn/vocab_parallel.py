@@ -19,14 +19,14 @@ from torch import Tensor
 
 from . import _check
 from ._backend import in_own_dtypes
-from ._head import ACCUMULATE, Accumulate, Head, budget, head_arguments
+from ._head import ACCUMULATE, Accumulate, Head, budget, head_arguments, lift
 from ._kept_rows import Chunk
 from ._loss_options import REDUCTIONS, Reduction, class_weights, items, number, shifted, token_weights
 from ._loss_rows import Part, Terms, check_targets
 from ._vjp import Args, Needs, custom_vjp
 from ._vocab_parallel import Shard, alone, layout, put, shard_of, some, statistics, walk, whole
 from .cross_entropy import KERNELS, PLAIN, Parts, aux_of
-from .linear_cross_entropy import LIFT, SAVE, Save, _now, _weighted, linear_cross_entropy
+from .linear_cross_entropy import SAVE, Save, _now, _weighted, linear_cross_entropy
 
 
 class Residuals(NamedTuple):
@@ -111,7 +111,8 @@ def _fwd(*args: Any, needs: Needs, parts: Parts) -> tuple[Tensor, Residuals]:
     res = Residuals._make((*args[:6], each.new_zeros(len(flat), 2), *made, *options[:9], options[10], *shard))
     scale = None if token_weight is None else token_weight.reshape(-1)
     if now and weight.dtype is torch.float16:
-        scale = each.new_full((1,), LIFT) if scale is None else scale * LIFT
+        larger = lift(res.stats, res.logit_scale / res.temperature, class_weight, token_weight)
+        scale = larger if scale is None else scale * larger
     dx, dweight, dbias = _pass(res, needs if now else (False,) * 3, scale, parts, each)
     y, _ = parts.reduce(_weighted(each, token_weight, flat, ignore_index), target, ignore_index, reduction, None, None, divisor)
     assert y is not None  # each is there
@@ -239,7 +240,7 @@ def vocab_parallel_linear_cross_entropy(
     op = "vocab_parallel_linear_cross_entropy"
     x, weight, bias, target = head_arguments(op, x, weight, bias, target)
     shard = shard_of(op, group, weight, vocab_start, vocab_size)
-    token_weight = token_weights(op, token_weight, target)
+    token_weight = token_weights(op, token_weight, target, x)
     _check.integer(op, "ignore_index", ignore_index)
     if shift:
         _check.rank(op, "x", x, 2)

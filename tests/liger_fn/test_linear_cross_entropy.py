@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import liger_fn
 from liger_fn import _head, _head_kernels
+from liger_fn._kept_rows import cut
 from tests import cases
 from tests.cases import Case
 from tests.contract import Contract, wrong
@@ -113,6 +114,39 @@ def test_every_option_against_whole_logits(backend: str, accumulate: str, device
     _, want = liger_fn.cross_entropy(logits.detach(), target, z_loss=0.01, return_aux=True)
     for name, a, b in zip(want._fields, aux, want, strict=True):
         torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.parametrize("option", ["class_weight", "token_weight", "logit_scale", "temperature"])
+def test_fp16_gradients_stay_finite_under_large_factors(backend: str, option: str, device: torch.device) -> None:
+    """What keeps small probabilities in fp16 must not push large gradients out of its range."""
+    x, weight, target = inputs(device)
+    x, weight = x.half() / 16, weight.half() / 16
+    value = {"class_weight": torch.full((V,), 100.0, device=device), "token_weight": torch.full((6,), 100.0, device=device)}
+    options: dict[str, Any] = {option: value.get(option, {"logit_scale": 100.0, "temperature": 0.01}.get(option)), "reduction": "mean"}
+
+    def grads(fn: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight)]
+        return torch.autograd.grad(fn(*leaves, target, **options), leaves)
+
+    fn = liger_fn.linear_cross_entropy
+    each = (grads(fn, torch.float16), grads(fn.reference, torch.float16), grads(fn.reference, torch.float64))
+    for name, ours, naive, truth in zip(("dx", "dweight"), *each, strict=True):
+        assert_near(ours, naive, truth, name)
+
+
+def test_a_double_weight_of_tokens_leaves_the_loss_fp32(backend: str, device: torch.device) -> None:
+    x, weight, target = inputs(device)
+    assert (
+        liger_fn.linear_cross_entropy(x, weight, target, token_weight=torch.ones(6, dtype=torch.float64, device=device)).dtype
+        is torch.float32
+    )
+
+
+@pytest.mark.parametrize(
+    ("n", "fit", "sizes"), [(0, 5, []), (100, 100, [100]), (1000, 1000, [1000]), (130, 100, [64, 64, 2]), (7, 3, [3, 3, 1])]
+)
+def test_rows_are_cut_into_whole_tiles_where_they_are_cut(n: int, fit: int, sizes: list[int]) -> None:
+    assert [at.stop - at.start for at in cut(n, fit)] == sizes
 
 
 @pytest.mark.parametrize("ignored", [0, 4])
