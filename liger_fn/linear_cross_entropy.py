@@ -102,6 +102,11 @@ def _now(reduction: str, save: str) -> bool:
     return reduction != "none" and save == "grads"
 
 
+def _late(weight: Tensor) -> bool:
+    """Does a mean divide what forward made in backward only? fp16 has no room for less, and the digits of fp32 are worth another pass."""
+    return weight.dtype is not torch.bfloat16
+
+
 def _storage(t: Tensor) -> torch.dtype:
     """The dtype that an unscaled gradient is kept in: its own, but fp32 for fp16, which a sum over many tokens could overflow."""
     return torch.float32 if t.dtype is torch.float16 else t.dtype
@@ -161,8 +166,8 @@ def _pass(
     x, weight, bias, target = res[:4]
     assert x is not None  # forward has it, and a backward that comes here kept it
     flat, terms = target.reshape(-1), res.terms
-    lifted = loss is not None and weight.dtype is torch.float16
-    divisor = res.divisor if res.reduction == "mean" and not lifted else None
+    late = loss is not None and _late(weight)
+    divisor = res.divisor if res.reduction == "mean" and not late else None
     aux = None if res.aux is None or loss is None else res.aux.T
 
     def turn(a: Tensor, chunk: Chunk, part: Part | None, grad: bool) -> None:
@@ -222,9 +227,8 @@ def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, parts: Parts) -
         weights = res.token_weight
         scale = dy.reshape(-1) if weights is None else weights.reshape(-1) * dy.reshape(-1)
         return _pass(res, needs, scale, parts)
-    lifted = res.weight.dtype is torch.float16
-    factor = dy / _lift(res).squeeze() if lifted else dy
-    if lifted and res.divisor is not None and res.reduction == "mean":
+    factor = dy / _lift(res).squeeze() if res.weight.dtype is torch.float16 else dy
+    if _late(res.weight) and res.divisor is not None and res.reduction == "mean":
         factor = factor / res.divisor
     grads = []
     for made, like, need in zip((res.dx, res.dweight, res.dbias), (res.dx, res.weight, res.bias), needs, strict=True):

@@ -177,7 +177,7 @@ def linear_log_prob(
 
     Returns:
         `(log_prob, LogProbAux(lse, entropy))`, each of target's shape, fp32 (fp64 for fp64 inputs), 0 where a row does not count. All three
-        have exact derivatives by x, weight and bias, with a cotangent for each row.
+        have exact derivatives, with a cotangent for each row. Gradients: x, weight and bias.
 
     Raises:
         TypeError: a tensor is not of a float dtype, dtypes differ, target is not of an integer dtype.

@@ -26,7 +26,7 @@ from ._loss_rows import Part, Terms, check_targets
 from ._vjp import Args, Needs, custom_vjp
 from ._vocab_parallel import Shard, alone, layout, put, shard_of, some, statistics, walk, whole
 from .cross_entropy import KERNELS, PLAIN, Parts, aux_of
-from .linear_cross_entropy import SAVE, Save, _now, _weighted, linear_cross_entropy
+from .linear_cross_entropy import SAVE, Save, _late, _now, _weighted, linear_cross_entropy
 
 
 class Residuals(NamedTuple):
@@ -126,7 +126,7 @@ def _pass(
     x, weight, bias, target = res[:4]
     assert x is not None  # forward has it, and a backward that comes here kept it
     flat, terms, shard, ignore_index = target.reshape(-1), res.terms, res.shard, res.ignore_index
-    divisor = res.divisor if res.reduction == "mean" and not (loss is not None and weight.dtype is torch.float16) else None
+    divisor = res.divisor if res.reduction == "mean" and not (loss is not None and _late(weight)) else None
     of = None if loss is None else layout("vocab_parallel_linear_cross_entropy", shard, weight, terms)
 
     def turn(a: Tensor, chunk: Chunk, part: Part | None, grad: bool) -> None:
