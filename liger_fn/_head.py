@@ -225,6 +225,30 @@ def blank(found: tuple[Tensor | None, ...], dropped: Tensor) -> None:
             t.masked_fill_(dropped, 0.0)
 
 
+def now(reduction: str, save: str) -> bool:
+    """Are the gradients made in forward, and only scaled in backward?"""
+    return reduction != "none" and save == "grads"
+
+
+def late(weight: Tensor) -> bool:
+    """Does a mean divide what forward made in backward only? fp16 has no room for less, and the digits of fp32 are worth another pass."""
+    return weight.dtype is not torch.bfloat16
+
+
+def scaled(
+    made: tuple[Tensor | None, ...], dtype: torch.dtype, factor: Tensor, needs: Needs, donate: bool, scale: Callable[..., None]
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients that forward made, times a factor, in `dtype`; in their own memory where nobody will read it again."""
+    grads: list[Tensor | None] = []
+    for t, need in zip(made, needs, strict=True):
+        out = None
+        if need and t is not None:
+            out = t if donate and t.dtype is dtype else torch.empty_like(t, dtype=dtype)
+            scale(t, factor, out)
+        grads.append(out)
+    return tuple(grads)
+
+
 def lift(like: Tensor, factor: float, *weights: Tensor | None) -> Tensor:
     """What float16's unscaled gradients of logits are made larger by, so that a gradient of `factor`, times the weights, still fits."""
     most = like.new_full((1,), max(1.0, factor))

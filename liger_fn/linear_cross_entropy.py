@@ -23,7 +23,7 @@ from torch import Tensor
 from . import _check
 from ._backend import in_own_dtypes
 from ._check import dense
-from ._head import ACCUMULATE, Accumulate, Fused, Head, Rows, budget, head_arguments, lift, walk
+from ._head import ACCUMULATE, Accumulate, Fused, Head, Rows, budget, head_arguments, late, lift, now, scaled, walk
 from ._head_kernels import fits
 from ._kept_rows import Chunk, Kept
 from ._loss_mean import divisor_dtype, plain_reduce
@@ -97,16 +97,6 @@ def _weighted(each: Tensor, token_weight: Tensor | None, target: Tensor, ignore_
 # --- forward and backward ---------------------------------------------------------------------------------------------------------------
 
 
-def _now(reduction: str, save: str) -> bool:
-    """Are the gradients made in forward, and only scaled in backward?"""
-    return reduction != "none" and save == "grads"
-
-
-def _late(weight: Tensor) -> bool:
-    """Does a mean divide what forward made in backward only? fp16 has no room for less, and the digits of fp32 are worth another pass."""
-    return weight.dtype is not torch.bfloat16
-
-
 def _storage(t: Tensor) -> torch.dtype:
     """The dtype that an unscaled gradient is kept in: its own, but fp32 for fp16, which a sum over many tokens could overflow."""
     return torch.float32 if t.dtype is torch.float16 else t.dtype
@@ -124,14 +114,14 @@ def _outputs(
     wide = _check.wide_dtype(x)
     y = x.new_empty(target.shape if reduction == "none" else (), dtype=wide)
     divisor = target.new_empty((), dtype=divisor_dtype(class_weight, num_items)) if reduction == "mean" else None
-    made = [t if t is not None and n and _now(reduction, save) else None for t, n in zip((x, weight, bias), needs, strict=True)]
+    made = [t if t is not None and n and now(reduction, save) else None for t, n in zip((x, weight, bias), needs, strict=True)]
     dx, dweight, dbias = (t if t is None else t.new_empty(t.shape, dtype=_storage(t) if i else t.dtype) for i, t in enumerate(made))
     aux = x.new_empty(4, target.numel(), dtype=wide) if return_aux else None
     return y, x.new_empty(target.numel(), 2, dtype=wide), divisor, dx, dweight, dbias, aux
 
 
 def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:
-    like = (res.dx if _now(res.reduction, res.save) else res.x), res.weight, res.bias
+    like = (res.dx if now(res.reduction, res.save) else res.x), res.weight, res.bias
     return tuple(dense(t) if t is not None and n else None for t, n in zip(like, needs, strict=True))
 
 
@@ -144,19 +134,19 @@ def _fwd(
     check_targets("linear_cross_entropy", flat, ignore_index, weight.shape[0])
     divisor = parts.reduce(None, target, ignore_index, reduction, class_weight, num_items)[1]
     each = x.new_empty(len(flat), dtype=_check.wide_dtype(x))
-    now = any(needs) and _now(reduction, save)
+    makes = any(needs) and now(reduction, save)
     res = Residuals(
         x, weight, bias, target, class_weight, token_weight, each.new_empty(len(flat), 2), divisor, None, None, None,
         each.new_empty(4, len(flat)) if return_aux else None, ignore_index, label_smoothing, z_loss, softcap, logit_scale, temperature,
         reduction, save, accumulate, memory_budget,
     )  # fmt: skip
     scale = None if token_weight is None else token_weight.reshape(-1)
-    if now and weight.dtype is torch.float16:
+    if makes and weight.dtype is torch.float16:
         scale = _lift(res) if scale is None else scale * _lift(res)
-    dx, dweight, dbias = _pass(res, needs if now else (False,) * 3, scale, parts, each)
+    dx, dweight, dbias = _pass(res, needs if makes else (False,) * 3, scale, parts, each)
     y, _ = parts.reduce(_weighted(each, token_weight, flat, ignore_index), target, ignore_index, reduction, None, None, divisor)
     assert y is not None  # each is there
-    return y, res._replace(x=None if _now(reduction, save) else x, dx=dx, dweight=dweight, dbias=dbias)
+    return y, res._replace(x=None if now(reduction, save) else x, dx=dx, dweight=dweight, dbias=dbias)
 
 
 def _pass(
@@ -166,8 +156,7 @@ def _pass(
     x, weight, bias, target = res[:4]
     assert x is not None  # forward has it, and a backward that comes here kept it
     flat, terms = target.reshape(-1), res.terms
-    late = loss is not None and _late(weight)
-    divisor = res.divisor if res.reduction == "mean" and not late else None
+    divisor = None if res.reduction != "mean" or (loss is not None and late(weight)) else res.divisor
     aux = None if res.aux is None or loss is None else res.aux.T
 
     def turn(a: Tensor, chunk: Chunk, part: Part | None, grad: bool) -> None:
@@ -223,21 +212,14 @@ def _fused(res: Residuals, head: Head, target: Tensor, scale: Tensor | None, div
 
 
 def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, parts: Parts) -> tuple[Tensor | None, ...]:
-    if not _now(res.reduction, res.save):
+    if not now(res.reduction, res.save):
         weights = res.token_weight
         scale = dy.reshape(-1) if weights is None else weights.reshape(-1) * dy.reshape(-1)
         return _pass(res, needs, scale, parts)
     factor = dy / _lift(res).squeeze() if res.weight.dtype is torch.float16 else dy
-    if _late(res.weight) and res.divisor is not None and res.reduction == "mean":
+    if late(res.weight) and res.divisor is not None and res.reduction == "mean":
         factor = factor / res.divisor
-    grads = []
-    for made, like, need in zip((res.dx, res.dweight, res.dbias), (res.dx, res.weight, res.bias), needs, strict=True):
-        out = None
-        if need and made is not None and like is not None:
-            out = made if donate and made.dtype is like.dtype else torch.empty_like(made, dtype=like.dtype)
-            parts.scale(made, factor, out)
-        grads.append(out)
-    return tuple(grads)
+    return scaled((res.dx, res.dweight, res.dbias), res.weight.dtype, factor, needs, donate, parts.scale)
 
 
 def _aux(flat: Args, y: Tensor, rows: Tensor) -> tuple[Tensor, CrossEntropyAux]:
@@ -302,11 +284,13 @@ def linear_cross_entropy(
         return_aux: return `(loss, CrossEntropyAux)`: lse, log_prob, z_loss, entropy, correct and num_valid, from the same reading of the
             logits. They have no derivative.
         save: "grads" makes the gradients in forward, three matrix products in all, and holds them until backward. "recompute" holds
-            nothing but 8 bytes a row, and makes the logits again in backward: four products ("exact": five). So does reduction="none".
+            nothing but 8 bytes a row, and makes the logits again in backward: four products (five for "exact" where dx is over 256 MiB in
+            16 bits). So does reduction="none".
         accumulate: how the chunks' shares of the weight's gradient are summed. "weight": in its dtype, fastest, one rounding a chunk.
-            "fp32": in a buffer of 4 V H bytes. "exact": vocabulary by vocabulary slice, each complete in one fp32 product and rounded
-            once, without a buffer, for a fourth product. "auto": "weight" up to 16 chunks; beyond, "fp32" where its buffer fits the
-            budget, else "exact". In float32 all are sums in float32; in float16 "weight" is "fp32" where forward makes the gradients.
+            "fp32": in a buffer of 4 V H bytes. "exact": slice by slice of the vocabulary, each summed in fp32 over all tokens and
+            rounded once, for a fourth product; beside the budget it takes 4 N H bytes for dx, up to 512 MiB, and those of a slice of
+            4096 classes where the budget does not hold that for all tokens. "auto": "weight" up to 16 chunks; beyond, "fp32" where
+            its buffer fits the budget, else "exact". In float32 all are sums in float32; in float16 what forward makes is fp32.
         memory_budget: bytes of logits that may exist at a time (at least one row's). None: of 1024 rows, or 128 MiB where that is more;
             for "fp32", as much as the weight's gradient itself where that is more. Less is slower once a chunk has few hundred rows.
 

@@ -28,7 +28,7 @@ from ._backend import in_own_dtypes
 from ._check import dense
 from ._distill_kernel import kernel_rows
 from ._distill_rows import DIVERGENCES, STATS, Distance, DistillRows, divergences, plain_rows
-from ._head import FEW, Gradients, Head, budget, by_tokens, default_budget, lift
+from ._head import FEW, Gradients, Head, budget, by_tokens, default_budget, late, lift, now, scaled
 from ._kept_rows import Chunk, Kept, cut, kept
 from ._loss_mean import Reduce, divisor_dtype, kernel_reduce, plain_reduce
 from ._loss_options import REDUCTIONS, Reduction, items, number
@@ -127,11 +127,6 @@ def _weighted(each: Tensor, token_weight: Tensor | None, left_out: Tensor | None
 # --- forward and backward ---------------------------------------------------------------------------------------------------------------
 
 
-def _now(reduction: str, save: str) -> bool:
-    """Are the gradients made in forward, and only scaled in backward?"""
-    return reduction != "none" and save == "grads"
-
-
 def _outputs(
     x: Tensor, weight: Tensor, bias: Tensor | None, x_teacher: Tensor, weight_teacher: Tensor, bias_teacher: Tensor | None,
     target: Tensor | None, token_weight: Tensor | None, num_items: Tensor | None, divergence: str, beta: float, temperature: float,
@@ -140,14 +135,14 @@ def _outputs(
     wide, shape = _check.wide_dtype(x), x.shape[:-1]
     y = x.new_empty(shape if reduction == "none" else (), dtype=wide)
     divisor = x.new_empty((), dtype=divisor_dtype(None, num_items)) if reduction == "mean" else None
-    dx, *others = [t if t is not None and n and _now(reduction, save) else None for t, n in zip((x, weight, bias), needs, strict=True)]
+    dx, *others = [t if t is not None and n and now(reduction, save) else None for t, n in zip((x, weight, bias), needs, strict=True)]
     # An unscaled sum over many tokens could overflow fp16.
     dweight, dbias = (None if t is None else dense(t, torch.float32 if t.dtype is torch.float16 else t.dtype) for t in others)
     return y, x.new_empty(prod(shape), STATS, dtype=wide), divisor, None if dx is None else dense(dx), dweight, dbias
 
 
 def _gradients(res: Residuals, dy: Tensor, needs: Needs) -> tuple[Tensor | None, ...]:
-    like = (res.dx if _now(res.reduction, res.save) else res.x), res.weight, res.bias
+    like = (res.dx if now(res.reduction, res.save) else res.x), res.weight, res.bias
     return tuple(dense(t) if t is not None and n else None for t, n in zip(like, needs, strict=True))
 
 
@@ -166,12 +161,12 @@ def _fwd(
     scale = None if token_weight is None else token_weight.reshape(-1)
     if weight.dtype is torch.float16:
         scale = _lift(res) if scale is None else scale * _lift(res)
-    now = _now(reduction, save)
-    dx, dweight, dbias = _pass(res, needs if now else (False,) * 3, scale, parts, each)
+    makes = now(reduction, save)
+    dx, dweight, dbias = _pass(res, needs if makes else (False,) * 3, scale, parts, each)
     left_out = None if target is None or token_weight is None else target.reshape(-1) == ignore_index
     y, _ = parts.reduce(_weighted(each, token_weight, left_out), *over, None, divisor)
     assert y is not None  # each is there
-    if now:
+    if makes:
         res = res._replace(x=None, x_teacher=None, weight_teacher=None, bias_teacher=None)
     return y, res._replace(dx=dx, dweight=dweight, dbias=dbias)
 
@@ -189,8 +184,7 @@ def _pass(
     keep, rows, how = _settle(student, teacher, flat, res)
     if loss is not None and flat is not None and keep.index is not None:
         loss.masked_fill_(flat == res.ignore_index, 0.0)  # nobody else writes to these
-    lifted = loss is not None and weight.dtype is torch.float16
-    divisor = res.divisor if res.reduction == "mean" and not lifted else None
+    divisor = None if res.reduction != "mean" or (loss is not None and late(weight)) else res.divisor
     every = slice(0, weight.shape[0])
     buffer = weight_teacher.new_empty(min(rows, keep.count) * every.stop)
 
@@ -204,7 +198,7 @@ def _pass(
     if not any(needs):
         by_tokens(student, keep, rows, turn, None, grad=False)
         return None, None, None
-    stored = torch.float32 if lifted else weight.dtype
+    stored = torch.float32 if loss is not None and weight.dtype is torch.float16 else weight.dtype
     made = Gradients(student, needs, keep, sums=torch.float32 if how == "fp32" else stored, runs=keep.count > rows)
     by_tokens(student, keep, rows, turn, made, grad=True, sums=True)
     dx, dw, db = made.dx, made.dweight, made.dbias
@@ -231,21 +225,13 @@ def _settle(student: Head, teacher: Head, target: Tensor | None, res: Residuals)
 
 
 def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, parts: Parts) -> tuple[Tensor | None, ...]:
-    if not _now(res.reduction, res.save):
+    if not now(res.reduction, res.save):
         weights = res.token_weight
         return _pass(res, needs, dy.reshape(-1) if weights is None else weights.reshape(-1) * dy.reshape(-1), parts)
-    factor = dy
-    if res.weight.dtype is torch.float16:
-        factor = dy / _lift(res).squeeze()
-        factor = factor if res.divisor is None else factor / res.divisor
-    grads = []
-    for made, like, need in zip((res.dx, res.dweight, res.dbias), (res.dx, res.weight, res.bias), needs, strict=True):
-        out = None
-        if need and made is not None and like is not None:
-            out = made if donate and made.dtype is like.dtype else torch.empty_like(made, dtype=like.dtype)
-            parts.scale(made, factor, out)
-        grads.append(out)
-    return tuple(grads)
+    factor = dy / _lift(res).squeeze() if res.weight.dtype is torch.float16 else dy
+    if late(res.weight) and res.divisor is not None and res.reduction == "mean":
+        factor = factor / res.divisor
+    return scaled((res.dx, res.dweight, res.dbias), res.weight.dtype, factor, needs, donate, parts.scale)
 
 
 # --- public function --------------------------------------------------------------------------------------------------------------------

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from . import _check
 from ._backend import in_own_dtypes
-from ._head import ACCUMULATE, Accumulate, Head, budget, head_arguments, lift
+from ._head import ACCUMULATE, Accumulate, Head, blank, budget, head_arguments, late, lift, now
 from ._kept_rows import Chunk
 from ._loss_options import REDUCTIONS, Reduction, class_weights, items, number, shifted, token_weights
 from ._loss_rows import Part, Terms, check_targets
 from ._vjp import Args, Needs, custom_vjp
 from ._vocab_parallel import Shard, alone, layout, put, shard_of, some, statistics, walk, whole
 from .cross_entropy import KERNELS, PLAIN, Parts, aux_of
-from .linear_cross_entropy import SAVE, Save, _late, _now, _weighted, linear_cross_entropy
+from .linear_cross_entropy import SAVE, Save, _weighted, linear_cross_entropy
 
 
 class Residuals(NamedTuple):
@@ -105,18 +105,19 @@ def _fwd(*args: Any, needs: Needs, parts: Parts) -> tuple[Tensor, Residuals]:
         y, own = alone(linear_cross_entropy, parts).fwd(*args[:-3], needs=needs)
         return y, Residuals._make((*own, *shard))
     divisor = parts.reduce(None, target, ignore_index, reduction, class_weight, num_items)[1]
-    each = x.new_zeros(len(flat), dtype=_check.wide_dtype(x))
-    now = any(needs) and _now(reduction, save)
-    made = (divisor, None, None, None, each.new_zeros(4, len(flat)) if return_aux else None)
-    res = Residuals._make((*args[:6], each.new_zeros(len(flat), 2), *made, *options[:9], options[10], *shard))
+    each = x.new_empty(len(flat), dtype=_check.wide_dtype(x))
+    makes = any(needs) and now(reduction, save)
+    made = (divisor, None, None, None, each.new_empty(4, len(flat)) if return_aux else None)
+    res = Residuals._make((*args[:6], each.new_empty(len(flat), 2), *made, *options[:9], options[10], *shard))
+    blank((each, res.stats.T, res.aux), flat == ignore_index)
     scale = None if token_weight is None else token_weight.reshape(-1)
-    if now and weight.dtype is torch.float16:
+    if makes and weight.dtype is torch.float16:
         larger = lift(res.stats, res.logit_scale / res.temperature, class_weight, token_weight)
         scale = larger if scale is None else scale * larger
-    dx, dweight, dbias = _pass(res, needs if now else (False,) * 3, scale, parts, each)
+    dx, dweight, dbias = _pass(res, needs if makes else (False,) * 3, scale, parts, each)
     y, _ = parts.reduce(_weighted(each, token_weight, flat, ignore_index), target, ignore_index, reduction, None, None, divisor)
     assert y is not None  # each is there
-    return y, res._replace(x=None if _now(reduction, save) else x, dx=dx, dweight=dweight, dbias=dbias)
+    return y, res._replace(x=None if now(reduction, save) else x, dx=dx, dweight=dweight, dbias=dbias)
 
 
 def _pass(
@@ -126,7 +127,7 @@ def _pass(
     x, weight, bias, target = res[:4]
     assert x is not None  # forward has it, and a backward that comes here kept it
     flat, terms, shard, ignore_index = target.reshape(-1), res.terms, res.shard, res.ignore_index
-    divisor = res.divisor if res.reduction == "mean" and not (loss is not None and _late(weight)) else None
+    divisor = res.divisor if res.reduction == "mean" and not (loss is not None and late(weight)) else None
     of = None if loss is None else layout("vocab_parallel_linear_cross_entropy", shard, weight, terms)
 
     def turn(a: Tensor, chunk: Chunk, part: Part | None, grad: bool) -> None:
@@ -156,7 +157,7 @@ def _pass(
 
 
 def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, parts: Parts) -> tuple[Tensor | None, ...]:
-    if not res.group or _now(res.reduction, res.save):  # what forward made is complete
+    if not res.group or now(res.reduction, res.save):  # what forward made is complete
         return alone(linear_cross_entropy, parts).bwd(linear_cross_entropy.residuals(*res[:-3]), dy, needs=needs, donate=donate)
     weights = res.token_weight
     return _pass(res, needs, dy.reshape(-1) if weights is None else weights.reshape(-1) * dy.reshape(-1), parts)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _check
 from ._backend import in_own_dtypes
-from ._head import ACCUMULATE, Accumulate, Head, budget, head_arguments
+from ._head import ACCUMULATE, Accumulate, Head, blank, budget, head_arguments
 from ._kept_rows import Chunk
 from ._loss_options import number, shifted
 from ._loss_rows import Part, Terms, check_targets
@@ -89,8 +89,9 @@ def _fwd(*args: Any, needs: Needs, parts: Parts) -> tuple[tuple[Tensor, ...], Re
     if not shard.group:
         y, own = alone(linear_log_prob, parts).fwd(*args[:-3], needs=needs)
         return y, Residuals._make((*own, *shard))
-    found = x.new_zeros(4, len(flat), dtype=_check.wide_dtype(x))
-    res = Residuals(x, weight, bias, target, found.new_zeros(len(flat), 2), found[2], ignore_index, *args[5:])
+    found = x.new_empty(4, len(flat), dtype=_check.wide_dtype(x))
+    res = Residuals(x, weight, bias, target, found.new_empty(len(flat), 2), found[2], ignore_index, *args[5:])
+    blank((found, res.stats.T), flat == ignore_index)
     terms, of = res.terms, layout("vocab_parallel_linear_log_prob", shard, weight, Terms())
 
     def turn(a: Tensor, chunk: Chunk, part: Part | None, grad: bool) -> None:
