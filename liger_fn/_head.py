@@ -35,7 +35,8 @@ RUN = 512  # terms an fp32 product of a chunk sums one after another
 ROWS, LEAST_BYTES = 1024, 128 * 2**20  # of logits at a time, see `default_budget`
 FEW = 16  # chunks whose shares of dw may each be rounded: with more, their error would pass that of 16-bit logits and a rounding
 DX_SUM = 512 * 2**20  # bytes of fp32 that a sum of dx over classes may take
-CLASSES = 4096  # classes at a time where many tokens leave room for no more: narrower products are slower
+EXACT = 512 * 2**20  # and with the logits, where those do not fall under a quarter of their budget
+CLASSES = 4096  # classes of all rows at a time, or narrow products are slower than more of them, of twice as many classes and fewer rows
 
 
 class Head(NamedTuple):
@@ -116,9 +117,9 @@ def by_tokens(
     head: Head, keep: Kept, rows: int, turn: Turn, gradients: Gradients | None, *, grad: bool, sums: bool = False
 ) -> None:  # fmt: skip
     """At most `rows` rows at a time: their logits, `turn`, and their gradients; those of weight and bias where `sums`."""
-    n, every = min(rows, keep.count), slice(0, head.weight.shape[0])
-    buffer = head.weight.new_empty(n * every.stop)
-    for chunk in keep.chunks(rows):
+    chunks, every = list(keep.chunks(rows)), slice(0, head.weight.shape[0])
+    buffer = head.weight.new_empty(max((c.at.stop - c.at.start for c in chunks), default=0) * every.stop)
+    for chunk in chunks:
         x = chunk.take(head.x)
         a = head.logits(x, buffer, every)
         turn(a, chunk, None, grad)
@@ -182,19 +183,31 @@ def turned(turn: Turn, head: Head, keep: Kept, x: Tensor) -> Make:
     return make
 
 
-def by_classes(head: Head, keep: Kept, x: Tensor, budget: int, make: Make, gradients: Gradients, *, dx: bool) -> None:
-    """As many classes at a time as the budget holds for all rows, CLASSES at least: the gradient of their logits, and their rows of dw, db.
+def sliced(head: Head, m: int, budget: int, *, dx: bool) -> tuple[int, int]:
+    """How many classes, and how many of `m` rows, make the logits of `by_classes` at a time: all rows, if CLASSES classes of them fit.
 
-    Where not even those fit, the rows come in blocks too, and the sum of a few classes' dw is kept in fp32. With `dx`, that is summed over
-    the classes, in fp32. `x` are the kept rows.
+    What the sum of dx takes leaves them less, where both were over EXACT.
+    """
+    (v, h), size, wide = head.weight.shape, head.weight.element_size(), wide_dtype(head.weight).itemsize
+    left = min(budget, max(budget // 4, EXACT - wide * m * h)) if dx else budget
+    width = min(v, max(1, left // (size * m) // 256 * 256))
+    if width >= min(v, CLASSES):
+        return width, m
+    width = min(v, 2 * CLASSES)
+    return width, min(m, max(1, max(left // 2, left - wide * width * h) // (size * width)))
+
+
+def by_classes(head: Head, keep: Kept, x: Tensor, budget: int, make: Make, gradients: Gradients, *, dx: bool) -> None:
+    """Some classes at a time, see `sliced`: the gradient of their logits, and their rows of dw, db.
+
+    Where the rows come in blocks too, the sum of a few classes' dw is kept in fp32. With `dx`, that is summed over the classes, in fp32.
+    `x` are the kept rows.
     """
     v, m = head.weight.shape[0], keep.count
     dw, db = gradients.dweight, gradients.dbias
     if not m:
         return
-    numbers = max(1, budget // head.weight.element_size())
-    width = min(v, max(CLASSES, numbers // m // 256 * 256))
-    rows = min(m, max(1, numbers // width))
+    width, rows = sliced(head, m, budget, dx=dx)
     buffer = head.weight.new_empty(rows * cdiv(width, 8) * 8)
     blocks = cut(m, rows)
     slab = None if dw is None or len(blocks) == 1 else dw.new_empty(width, dw.shape[1], dtype=wide_dtype(dw))
@@ -271,11 +284,12 @@ def settle(head: Head, keep: Kept, accumulate: str, memory_budget: int) -> tuple
         return "weight" if accumulate == "auto" or keep.count <= rows else accumulate, rows
     if accumulate == "auto":
         few = len(cut(keep.count, rows)) <= FEW
-        accumulate = "weight" if few else "fp32" if 4 * weight.numel() <= some else "exact"
+        small = not memory_budget and keep.count >= 4 * weight.shape[1]  # the buffer of "fp32" takes half of what the logits would
+        accumulate = "weight" if few else "fp32" if small or 4 * weight.numel() <= some else "exact"
     if accumulate == "fp32" and not memory_budget:
         # The rounded gradient will take this much, once the logits are gone.
         rows = fit(head, keep, max(some, weight.numel() * weight.element_size()))
-    return accumulate, rows
+    return accumulate if keep.count > rows else "weight", rows
 
 
 def walk(

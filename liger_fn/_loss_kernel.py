@@ -186,9 +186,13 @@ def _rows_kernel(
                 entropy = rest - tl.sum((tilts + sunk * totals) * fade, 0) / tl.sum(totals * fade, 0)
         tl.store(stats_ptr + 2 * row, top)
         tl.store(stats_ptr + 2 * row + 1, rest)
-        tl.store(loss_ptr + row, loss)
+        rows = N.to(tl.int64)
+        if SLICE:
+            tl.store(loss_ptr + row, log_p)
+            tl.store(loss_ptr + rows + row, loss)
+        else:
+            tl.store(loss_ptr + row, loss)
         if aux_ptr is not None:
-            rows = N.to(tl.int64)
             tl.store(aux_ptr + row, top + rest)
             tl.store(aux_ptr + rows + row, log_p)
             tl.store(aux_ptr + 2 * rows + row, entropy)
@@ -297,7 +301,7 @@ def kernel_rows(
         whole = None if whole is None else whole.sum(dtype=torch.float32)
     strides = (
         stride, target.stride(0), 0 if grad is None else grad.stride(0), 0 if scale is None or scale.numel() == 1 else scale.stride(0),
-        0 if aux is None else aux.stride(0),
+        aux.stride(0) if aux is not None else 0 if loss is None or part is None else loss.stride(0),
     )  # fmt: skip
     plan = _plan(
         len(logits), v, logits.element_size(), loss is not None, grad is not None, aux is not None, part is not None, numbers,

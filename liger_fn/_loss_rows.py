@@ -78,7 +78,8 @@ class Rows(Protocol):
             bend: `[N, 2]`, adds (b₀ + b₁ log p_j) p_j to da_j: the cotangents of lse and entropy come so.
             index: `[n]`, which of the N rows each row of logits is.
             part: the logits are these columns of all. Statistics are then of them alone, log p_y is a_y − m, −∞ where y is elsewhere, and
-                the loss is Σ_j w_j (a_j − m), of use under label smoothing. A gradient is of the whole, whose statistics are given.
+                the loss is `[2, N]`, with aux's strides: the same a_y − m, and Σ_j w_j (a_j − m), 0 without label smoothing. A gradient is
+                of the whole, whose statistics are given.
         """
 
 
@@ -134,13 +135,13 @@ def plain_rows(
     """`Rows` in plain PyTorch."""
     if index is not None:  # gather what belongs to the rows, and put back what was written
         mine, own = stats[index], scale if scale is None or scale.numel() == 1 else scale[index]
-        made, seen = None if loss is None else loss[index], None if aux is None else aux[:, index]
+        made, seen = None if loss is None else loss[..., index], None if aux is None else aux[:, index]
         plain_rows(
             logits, target[index], ignore_index, terms, stats=mine, loss=made, aux=seen, grad=grad, scale=own,
             divisor=divisor, bend=None if bend is None else bend[index], part=part,
         )  # fmt: skip
         if loss is not None and made is not None:
-            stats[index], loss[index] = mine, made
+            stats[index], loss[..., index] = mine, made
             if aux is not None and seen is not None:
                 aux[:, index] = seen
         return
@@ -173,13 +174,14 @@ def plain_rows(
                 each += z * stats.sum(-1).square()
         else:
             each = ((a - top.unsqueeze(-1)) * (1.0 if weight is None else weight[here])).sum(-1) if smoothing else torch.zeros_like(nll)
+            each = torch.stack((a_y - top, each))
         loss.copy_(each).masked_fill_(~counted, 0.0).masked_fill_(wrong, torch.nan)
         if aux is not None:
             d = a - top.unsqueeze(-1)
             e = torch.exp(d)
             entropy = stats[:, 1] - torch.where(e > 0, e * d, 0.0).sum(-1) / e.sum(-1)
             log_p = -nll if part is None else a_y - top
-            aux.copy_(torch.stack((stats.sum(-1), log_p, entropy, ((a_y == top) & (loss == loss)).to(a.dtype))))
+            aux.copy_(torch.stack((stats.sum(-1), log_p, entropy, ((a_y == top) & (nll == nll)).to(a.dtype))))
             aux[:3].masked_fill_(~counted, 0.0).masked_fill_(wrong, torch.nan)
             aux[3].masked_fill_(~counted | wrong, 0.0)
     if grad is not None:

@@ -1,13 +1,8 @@
 r"""What a head whose vocabulary is cut over the ranks of a process group has beyond `_head`: the shards, the statistics of whole rows, dx.
 
-Rank r has the rows [v_r, v_r + V_r) of the weight, and of each row of logits those columns. From them come m_r, s_r (as in `_loss_rows`),
-the entropy H_r of their own softmax, Σ_j w_j (a_j − m_r), and a_y − m_r, −∞ where y is elsewhere. One gather of them makes the whole row's:
-
-    m = max_r m_r        l_r = m_r − m + s_r        s = log Σ_r exp(l_r)        P_r = exp(l_r − s)        entropy = Σ_r P_r (H_r − log P_r)
-    a_y − m = max_r (a_y − m_r) + (m_r − m)         Σ_j w_j (a_j − m) = Σ_r Σ_j w_j (a_j − m_r) + W_r (m_r − m)        W_r = Σ_{j in r} w_j
-
-Where the target has the maximum, s = log1p(expm1(s_h) + Σ_{r≠h} exp(l_r)), h the rank that has it: no digit of a small loss is lost. Every
-rank makes the same numbers in the same order, so all have the same bits. dx is a sum over the ranks, in fp32, a chunk of rows at a time.
+Rank r has the rows [v_r, v_r + V_r) of the weight, and of each row of logits those columns. What they tell of the row is gathered, some
+numbers a row, and `_loss_parts` makes the whole row's of it. Every rank makes the same numbers in the same order, so all have the same
+bits. dx is a sum over the ranks, in fp32, a chunk of rows at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +18,8 @@ from ._check import wide_dtype
 from ._head import Gradients, Head, Turn, by_classes, by_tokens, default_budget, fit, product, settle, turned
 from ._kept_rows import Chunk, Kept, kept
 from ._launch import cdiv, has_fp64
-from ._loss_rows import Part, Rows, Terms, valid
+from ._loss_parts import Whole, joined, look, put
+from ._loss_rows import Part, Rows, Terms
 from ._vjp import Needs, Pair
 from .cross_entropy import PLAIN, Parts
 
@@ -86,69 +82,12 @@ def layout(op: str, shard: Shard, weight: Tensor, terms: Terms) -> Layout:
     return Layout(None, every[:, 3].to(wide))
 
 
-class Whole(NamedTuple):
-    """Of each row, over all classes, in fp64 where the device has it."""
-
-    stats: Tensor  # [n, 2], m and s
-    nll: Tensor
-    spread: Tensor  # Σ_j w_j (lse − a_j), under label smoothing
-    aux: Tensor  # [4, n], as `Rows` writes them
-
-
-def statistics(a: Tensor, target: Tensor, ignore_index: int, terms: Terms, shard: Shard, of: Layout, rows: Rows) -> Whole:
+def statistics(
+    a: Tensor, target: Tensor, ignore_index: int, terms: Terms, shard: Shard, of: Layout, rows: Rows, *, aux: bool
+) -> Whole:  # fmt: skip
     """Of a chunk of rows, from this rank's columns of their logits."""
-    n, (first, classes) = len(target), shard.within(None)
-    local = a.new_empty(6 * n, dtype=wide_dtype(a))
-    aux, loss = local[: 4 * n].view(4, n), local.new_empty(n)
-    counted, wrong, _ = valid(target, ignore_index, classes)
-    here = (target >= first) & (target < first + a.shape[1])
-    # A row whose target is elsewhere has this rank's first class for one, and no row a target that does not count: −1 is no class.
-    own = target.where(here, first).masked_fill(~counted | wrong, -1)
-    rows(a, own, -1, terms, stats=local[4 * n :].view(n, 2), loss=loss, aux=aux, part=Part(first, classes))
-    aux[1].masked_fill_(~here, -torch.inf)
-    if terms.smoothing:
-        aux[0] = loss
-    every = shard.gather(local)
-    made = combined(every[:, : 4 * n].unflatten(1, (4, n)), every[:, 4 * n :].unflatten(1, (n, 2)), of)
-    made.nll.masked_fill_(wrong, torch.nan)
-    made.aux[:3].masked_fill_(wrong, torch.nan)
-    made.aux[3].masked_fill_(wrong, 0.0)
-    made.aux.masked_fill_(~counted, 0.0)
-    return made
-
-
-def combined(aux: Tensor, stats: Tensor, of: Layout) -> Whole:
-    """From every rank's `[ranks, 4, n]`, with Σ_j w_j (a_j − m_r) in place of lse, and `[ranks, n, 2]`."""
-    if has_fp64(aux.device):
-        aux, stats = aux.double(), stats.double()
-    tops, rests = stats.unbind(-1)
-    spreads, gaps, entropies, _ = aux.unbind(1)
-    none = -torch.inf
-    top = tops.amax(0)
-    fall = torch.where(tops == top, 0.0, tops - top)
-    gaps = gaps.masked_fill(tops == none, none)  # a rank none of whose classes is possible
-    gap = (gaps + fall).amax(0).masked_fill(top == none, torch.nan)
-    inside = fall + rests
-    e = torch.exp(inside)
-    others = torch.where((gaps == 0) & (fall == 0), torch.expm1(rests), e).sum(0)
-    rest = torch.where(gap == 0, torch.log1p(others), torch.log(e.sum(0)))
-    log_p = inside - rest
-    p = torch.exp(log_p)
-    entropy = torch.where(p == 0, 0.0, p * (entropies - log_p)).sum(0)
-    spread = of.weights.sum() * rest - (spreads + of.weights.unsqueeze(-1) * fall).sum(0)
-    if of.sound is not None:
-        rest = rest.where(of.sound, torch.nan)
-    nll = rest - gap
-    hit = ((gap == 0) & (nll == nll)).to(top.dtype)
-    return Whole(torch.stack((top, rest), 1), nll, spread, torch.stack((top + rest, -nll, torch.where(nll == nll, entropy, nll), hit)))
-
-
-def put(t: Tensor, chunk: Chunk, rows: Tensor) -> None:
-    """Write the rows of a chunk."""
-    if chunk.index is None:
-        t[chunk.at] = rows
-    else:
-        t[chunk.index] = rows.to(t.dtype)
+    mine = look(a, target, ignore_index, terms, shard.within(None), rows, aux=aux)
+    return joined(shard.gather(mine), of.weights, target, ignore_index, shard.classes, of.sound)
 
 
 def some(t: Tensor | None, chunk: Chunk) -> Tensor | None:

@@ -288,9 +288,10 @@ def linear_cross_entropy(
             16 bits). So does reduction="none".
         accumulate: how the chunks' shares of the weight's gradient are summed. "weight": in its dtype, fastest, one rounding a chunk.
             "fp32": in a buffer of 4 V H bytes. "exact": slice by slice of the vocabulary, each summed in fp32 over all tokens and
-            rounded once, for a fourth product; beside the budget it takes 4 N H bytes for dx, up to 512 MiB, and those of a slice of
-            4096 classes where the budget does not hold that for all tokens. "auto": "weight" up to 16 chunks; beyond, "fp32" where
-            its buffer fits the budget, else "exact". In float32 all are sums in float32; in float16 what forward makes is fp32.
+            rounded once, for a fourth product; beside the logits it takes 4 N H bytes for dx, up to 512 MiB, and leaves them less where
+            that would be more together. "auto": "weight" up to 16 chunks; beyond, "fp32" from 4 H rows on, where its buffer is half of
+            the logits in 16 bits or less (with a `memory_budget`, where it fits that), and "exact" for fewer. In float32 all are sums in
+            float32; in float16 what forward makes is fp32.
         memory_budget: bytes of logits that may exist at a time (at least one row's). None: of 1024 rows, or 128 MiB where that is more;
             for "fp32", as much as the weight's gradient itself where that is more. Less is slower once a chunk has few hundred rows.
 

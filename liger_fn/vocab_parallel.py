@@ -22,9 +22,10 @@ from ._backend import in_own_dtypes
 from ._head import ACCUMULATE, Accumulate, Head, blank, budget, head_arguments, late, lift, now
 from ._kept_rows import Chunk
 from ._loss_options import REDUCTIONS, Reduction, class_weights, items, number, shifted, token_weights
+from ._loss_parts import losses, put
 from ._loss_rows import Part, Terms, check_targets
 from ._vjp import Args, Needs, custom_vjp
-from ._vocab_parallel import Shard, alone, layout, put, shard_of, some, statistics, walk, whole
+from ._vocab_parallel import Shard, alone, layout, shard_of, some, statistics, walk, whole
 from .cross_entropy import KERNELS, PLAIN, Parts, aux_of
 from .linear_cross_entropy import SAVE, Save, _weighted, linear_cross_entropy
 
@@ -133,17 +134,10 @@ def _pass(
     def turn(a: Tensor, chunk: Chunk, part: Part | None, grad: bool) -> None:
         mine = chunk.take(flat)
         if loss is not None and of is not None and part is None:
-            row = statistics(a, mine, ignore_index, terms, shard, of, parts.rows)
-            each = (1.0 - terms.smoothing) * row.nll
-            if terms.weight is not None:
-                each *= terms.weight[mine.clamp(0, shard.classes - 1)]
-            if terms.smoothing:
-                each += terms.smoothing / shard.classes * row.spread
-            if terms.z:
-                each += terms.z * row.stats.sum(-1).square()
-            put(loss, chunk, each.masked_fill(mine == ignore_index, 0.0))
+            row = statistics(a, mine, ignore_index, terms, shard, of, parts.rows, aux=res.aux is not None)
+            put(loss, chunk, losses(row, mine, ignore_index, terms, shard.classes))
             put(res.stats, chunk, row.stats)
-            if res.aux is not None:
+            if res.aux is not None and row.aux is not None:
                 put(res.aux.T, chunk, row.aux.T)
         if grad:
             parts.rows(

@@ -20,9 +20,10 @@ from ._backend import in_own_dtypes
 from ._head import ACCUMULATE, Accumulate, Head, blank, budget, head_arguments
 from ._kept_rows import Chunk
 from ._loss_options import number, shifted
+from ._loss_parts import put
 from ._loss_rows import Part, Terms, check_targets
 from ._vjp import Args, Needs, custom_vjp
-from ._vocab_parallel import Shard, alone, layout, put, shard_of, some, statistics, walk, whole
+from ._vocab_parallel import Shard, alone, layout, shard_of, some, statistics, walk, whole
 from .cross_entropy import KERNELS, PLAIN, Parts
 from .linear_log_prob import LogProbAux, linear_log_prob
 
@@ -95,7 +96,8 @@ def _fwd(*args: Any, needs: Needs, parts: Parts) -> tuple[tuple[Tensor, ...], Re
     terms, of = res.terms, layout("vocab_parallel_linear_log_prob", shard, weight, Terms())
 
     def turn(a: Tensor, chunk: Chunk, part: Part | None, grad: bool) -> None:
-        row = statistics(a, chunk.take(flat), ignore_index, terms, shard, of, parts.rows)
+        row = statistics(a, chunk.take(flat), ignore_index, terms, shard, of, parts.rows, aux=True)
+        assert row.aux is not None  # as asked
         put(res.stats, chunk, row.stats)
         put(found.T, chunk, row.aux.T)
 

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 import liger_fn
 from liger_fn import _head, _head_kernels
-from liger_fn._kept_rows import cut
+from liger_fn._kept_rows import Kept, cut
 from tests import cases
 from tests.liger_fn.test_linear_cross_entropy import SMALL, V, grads_and_loss, inputs
 from tests.numerics import assert_near, assert_same_bits
@@ -23,6 +23,45 @@ from tests.numerics import assert_near, assert_same_bits
 )
 def test_rows_are_cut_into_whole_tiles_where_they_are_cut(n: int, fit: int, sizes: list[int]) -> None:
     assert [at.stop - at.start for at in cut(n, fit)] == sizes
+
+
+@pytest.mark.parametrize(
+    ("n", "h", "v", "options", "how"),
+    [
+        (512, 4096, 128256, {}, "weight"),
+        (512, 4096, 128256, {"accumulate": "exact"}, "weight"),  # a single chunk is exact
+        (16384, 4096, 128256, {}, "weight"),
+        (16385, 4096, 128256, {}, "fp32"),
+        (16385, 8192, 128256, {}, "exact"),
+        (32768, 8192, 128256, {}, "fp32"),
+        (32768, 2304, 256000, {}, "fp32"),
+        (32768, 2304, 256000, {"accumulate": "weight"}, "weight"),
+        (32768, 2304, 256000, {"memory_budget": 2**28}, "exact"),
+        (32768, 2304, 256000, {"memory_budget": 2**32}, "weight"),
+        (10**6, 512, 32000, {"memory_budget": 2**26}, "fp32"),
+    ],
+)
+def test_how_the_gradient_of_the_weight_is_summed(n: int, h: int, v: int, options: dict[str, Any], how: str) -> None:
+    weight = torch.empty(v, h, dtype=torch.bfloat16, device="meta")
+    options = {"accumulate": "auto", "memory_budget": 0} | options
+    assert _head.settle(_head.Head(weight, weight), Kept(n, None), **options)[0] == how
+
+
+@pytest.mark.parametrize(
+    ("m", "h", "v", "budget", "width", "rows"),
+    [
+        (8192, 4096, 128256, 250, 15872, 8192),
+        (16384, 4096, 128256, 250, 7936, 16384),
+        (32768, 2304, 256000, 500, 8192, 9728),  # 224 MiB beside 288 for dx, less those of dw
+        (16384, 2048, 32000, 128, 4096, 16384),
+        (40, 8, 1000, 1, 1000, 40),
+        (40, 8, 1000, 2**-20, 1000, 1),
+    ],
+)
+def test_what_exact_takes_at_a_time(m: int, h: int, v: int, budget: float, width: int, rows: int) -> None:
+    """`budget` is in MiB: dx and the logits are together 512 MiB at most, where that leaves the logits enough."""
+    weight = torch.empty(v, h, dtype=torch.bfloat16, device="meta")
+    assert _head.sliced(_head.Head(weight, weight), m, int(budget * 2**20), dx=True) == (width, rows)
 
 
 @pytest.mark.parametrize("ignored", [0, 4])
