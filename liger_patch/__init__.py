@@ -8,6 +8,7 @@
 
     liger_patch.supported()               # model types and their operations
     liger_patch.register(Arch(...))       # add one
+    print(liger_patch.suggest(model))     # the entry of a model of another type, proved
 
 A patched model can be saved, copied and pickled: its state dict and `save_pretrained` are the stock model's; a deep copy or an unpickled
 model is patched too, by itself, and can be reverted by itself.
@@ -18,6 +19,7 @@ from ._errors import PatchError
 from ._registry import register, supported
 from ._report import Report, Row
 from ._spec import GLU, Arch, Head, Norm, Rope
+from ._suggest import Suggestion, suggest
 from ._verify import verify
 
 __all__ = [
@@ -29,11 +31,13 @@ __all__ = [
     "Report",
     "Rope",
     "Row",
+    "Suggestion",
     "auto",
     "patched",
     "plan",
     "register",
     "revert",
+    "suggest",
     "supported",
     "verify",
 ]

@@ -9,12 +9,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree
+
+
+class Step(NamedTuple):
+    """What a model does to its logits between its output layer and its loss: "mul" or "div" by a number, "tanh", or "float"."""
+
+    name: str
+    number: float | None = None
+
+    def take(self, logits: Tensor) -> Tensor:
+        if self.number is None:
+            return logits.float() if self.name == "float" else torch.tanh(logits)
+        return logits * self.number if self.name == "mul" else logits / self.number
+
+
+def same_number(a: Any, b: Any) -> bool:
+    """Whether two plain numbers are the same one."""
+    return isinstance(a, (int, float)) and isinstance(b, (int, float)) and a == b
 
 
 class Source:
@@ -25,11 +42,12 @@ class Source:
         hidden_states: the input, as the layer's pre-hooks left it.
         weight: the layer's weight as the loss saw it.
         bias: its bias as the loss saw it.
-        request: what the loss was asked to be.
+        request: what the loss was asked to be, and the steps on the logits that it has taken.
     """
 
     __slots__ = (
         "_logits",
+        "_made",
         "autocast",
         "base",
         "bias",
@@ -38,6 +56,7 @@ class Source:
         "head",
         "hidden_states",
         "request",
+        "steps",
         "version",
         "vocab_size",
         "weight",
@@ -54,14 +73,26 @@ class Source:
         self.grad = torch.is_grad_enabled()
         # Compiled code has no version counters to read, and inference tensors have none.
         self.version = None if torch.compiler.is_compiling() or weight.is_inference() else weight._version
+        self.steps: tuple[Step, ...] = request.steps
         self.base: Source | None = None
+        self._made: Step | None = None
         self._logits: Tensor | None = None
+
+    def then(self, step: Step, steps: tuple[Step, ...], dtype: torch.dtype) -> Source:
+        """The source of what a step makes of these logits, after which the model still has `steps` to take."""
+        after = Source(self.head, self.hidden_states, self.weight, self.bias, self.request)
+        after.base, after._made, after.steps, after.dtype = self, step, steps, dtype
+        return after
 
     def upcast(self) -> Source:
         """The source of a copy of these logits in fp32, as models put it between their output layer and their loss."""
-        copy = Source(self.head, self.hidden_states, self.weight, self.bias, self.request)
-        copy.base, copy.dtype = self, torch.float32
-        return copy
+        return self.then(Step("float"), self.steps, torch.float32)
+
+    def takes(self, name: str, number: Any) -> Source | None:
+        """The source after this step, if it is the next one that the loss has taken already."""
+        if not self.steps or self.steps[0].name != name or not (number is None or same_number(number, self.steps[0].number)):
+            return None
+        return self.then(self.steps[0], self.steps[1:], self.dtype)
 
     @property
     def touched(self) -> bool:
@@ -72,7 +103,7 @@ class Source:
         if self._logits is None:
             # Logits are what they would have been in the forward pass: under its autocast, and with gradients if it had them.
             with torch.set_grad_enabled(self.grad), self._autocast():
-                self._logits = self.base.logits().float() if self.base is not None else self._compute()
+                self._logits = self._made.take(self.base.logits()) if self.base is not None and self._made is not None else self._compute()
         return self._logits
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -118,6 +149,9 @@ class FusedLogits:
     # The cast that models put between their output layer and their loss. The loss is computed in fp32 whether it is there or not.
     def float(self) -> FusedLogits:
         return self if self.dtype is torch.float32 else FusedLogits(self.loss, self.source.upcast())
+
+    def tanh(self) -> Any:
+        return self.__torch_function__(torch.tanh, (), (self,))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -185,6 +219,8 @@ class FusedLogits:
 
     @classmethod
     def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is torch.tanh and not kwargs and (after := args[0].source.takes("tanh", None)) is not None:
+            return FusedLogits(args[0].loss, after)
         args, kwargs = _pytree.tree_map_only(FusedLogits, FusedLogits.materialize, (args, kwargs or {}), is_leaf=_is_carrier)
         return func(*args, **kwargs)
 
@@ -215,8 +251,15 @@ def _is_carrier(value: Any) -> bool:
     return isinstance(value, FusedLogits)
 
 
+_STEPS = {"__mul__": "mul", "__rmul__": "mul", "__truediv__": "div"}
+
+
 def _operator(name: str) -> Callable[..., Any]:
+    step = _STEPS.get(name, "")
+
     def apply(self: FusedLogits, *args: Any) -> Any:
+        if step and (after := self.source.takes(step, args[0])) is not None:
+            return FusedLogits(self.loss, after)
         args = tuple(arg.materialize() if isinstance(arg, FusedLogits) else arg for arg in args)
         return getattr(self.materialize(), name)(*args)
 

@@ -7,12 +7,13 @@ Nothing is changed here. A place that the entry promises but that is not as prom
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -20,10 +21,11 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from . import _proof
 from ._errors import PatchError
 from ._head import CausalLMForward, CausalLMLoss, HeadForward, has_backward_hooks
-from ._modules import GLUForward, NormForward, is_hooked
+from ._modules import PACKED, SEPARATE, GLUForward, NormForward, act_of, is_hooked
+from ._registry import known
 from ._report import ALREADY, FAILED, LEFT, PLANNED, Row
 from ._rope import RopeForward
-from ._spec import OPS, Arch, Head
+from ._spec import GLU, GLU_OPS, OPS, Arch, Head, Norm, Rope
 from ._swap import Forward, Swap, installed, is_stock
 from ._view import uses_global
 
@@ -86,92 +88,146 @@ def causal_lm(model: nn.Module, who: str) -> PreTrainedModel:
 
 
 def find(root: PreTrainedModel, arch: Arch, asked: Mapping[str, bool]) -> list[Find]:
-    """Every place that the entry speaks of, in the order of operations."""
+    """Every place that the entry speaks of, and the entries of models within this one, in the order of operations."""
     finds: list[Find] = []
-    if arch.norm is not None:
-        spec = arch.norm
-        finds += _modules(root, "rms_norm", spec.class_name, asked, lambda module: _norm(module, spec))
-    if arch.mlp is not None:
-        finds += _modules(root, "swiglu", arch.mlp.class_name, asked, _glu)
-    if arch.rope is not None:
-        finds += _rope(root, arch.rope.function, asked)
+    for part, places in parts(root, arch):
+        for norm in part.norms:
+            finds += _modules(places, root, norm.op, norm.class_name, asked, partial(_norm, spec=norm))
+        for mlp in part.mlps:
+            finds += _modules(places, root, mlp.op, mlp.class_name, asked, partial(_glu, spec=mlp))
+        if part.ropes:
+            finds += _rope(places, root, part.ropes, asked)
+        named = [(path, type(module).__name__) for path, module in places if type(module).__name__ == part.experts]
+        finds += [Find(Row(path, "experts", name, name, LEFT, "there is no function for experts yet")) for path, name in named]
     if arch.head is not None:
         finds += _head(root, arch.head, asked)
-    return finds
+    return sorted(finds, key=lambda find: OPS.index(find.row.op))
+
+
+Places = list[tuple[str, nn.Module]]
+
+
+def parts(root: PreTrainedModel, arch: Arch) -> list[tuple[Arch, Places]]:
+    """The entries that describe this model's modules, the root's first, and which modules each describes."""
+    found: dict[str, tuple[Arch, Places]] = {arch.model_type: (arch, [])}
+    described: dict[str, Arch] = {"": arch}  # by the path of a transformers model
+    for path, module in root.named_modules():
+        inner = known(module.config.model_type) if path and isinstance(module, PreTrainedModel) else None
+        outer = max((p for p in described if not p or path == p or path.startswith(f"{p}.")), key=len)
+        described[path] = here = inner or described[outer]
+        if here is described[outer] and path != outer:
+            del described[path]
+        found.setdefault(here.model_type, (here, []))[1].append((path, module))
+    return list(found.values())
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------------------------
 
 
-def _modules(root: nn.Module, op: str, name: str, asked: Mapping[str, bool], make: Callable[[nn.Module], Any]) -> Iterator[Find]:
-    now, found = f"liger_fn.{op}", False
-    for path, module in root.named_modules():
-        # Sharding libraries subclass a module's class on the fly, so the name may stand further up.
-        if all(cls.__name__ != name for cls in type(module).__mro__):
-            continue
-        found = True
-        yield _forward(Row(path, op, name, now, PLANNED), module, asked, make)
+def _modules(
+    places: Places, root: nn.Module, op: str, name: str, asked: Mapping[str, bool], make: Callable[[nn.Module], Any]
+) -> Iterator[Find]:  # fmt: skip
+    found = False
+    for path, module in places:
+        if is_of(module, name):
+            found = True
+            yield _forward(Row(path, op, name, f"liger_fn.{op}", PLANNED), module, asked, make)
     if not found and asked[op]:
-        yield Find(Row(name, op, "–", "–", FAILED, f"no module of class {name} in {type(root).__name__}"))
+        row = Row(name, op, "–", "–", LEFT, f"no module of class {name} in {type(root).__name__}")
+        # Not every configuration has all classes of its type's code. One that the code has not, the entry names in error.
+        there = any(hasattr(sys.modules[type(module).__module__], name) for _, module in places)
+        yield Find(row if there else replace(row, status=FAILED))
+
+
+def is_of(module: nn.Module, name: str) -> bool:
+    """Whether a module runs the forward of a class of this name: sharding libraries subclass a module's class on the fly."""
+    return any(cls.__name__ == name and getattr(cls, "forward", None) is type(module).forward for cls in type(module).__mro__)
 
 
 def _forward(row: Row, module: nn.Module, asked: Mapping[str, bool], make: Callable[[nn.Module], Any]) -> Find:
     present = installed(module, "forward")
-    if isinstance(present, Forward) and present.op == row.op:
+    if isinstance(present, Forward) and present.kind == kind_of(row.op):
+        row = replace(row, op=present.op, now=f"liger_fn.{present.op}")
         return Find(replace(row, status=ALREADY), (), *_proof_of(present))
+    if not is_stock(module):
+        if not asked[row.op]:
+            return Find(replace(row, now=row.was, status=LEFT, why=f"{row.op}=False"))
+        return Find(row).failed(f"its forward was replaced on this instance by {_title(module.__dict__['forward'])}")
+    swap = make(module)
+    if isinstance(swap, Swap):
+        row = replace(row, op=swap.op, now=f"liger_fn.{swap.op}")
     if not asked[row.op]:
         return Find(replace(row, now=row.was, status=LEFT, why=f"{row.op}=False"))
-    find = Find(row)
-    if not is_stock(module):
-        return find.failed(f"its forward was replaced on this instance by {_title(module.__dict__['forward'])}")
-    swap = make(module)
     if isinstance(swap, Left):
         return Find(replace(row, now=row.was, status=LEFT, why=str(swap)))
-    return find.failed(swap) if isinstance(swap, str) else Find(row, (swap,), *_proof_of(swap))
+    return Find(row).failed(swap) if isinstance(swap, str) else Find(row, (swap,), *_proof_of(swap))
 
 
-def _norm(module: nn.Module, spec: Any) -> NormForward | str:
-    if not isinstance(getattr(module, "weight", None), torch.Tensor):
-        return "it has no weight"
-    names = [spec.eps] if spec.eps else ["variance_epsilon", "eps"]
+def kind_of(op: str) -> str:
+    """Operations that stand in the same place of a module share a kind."""
+    return "mlp" if op in GLU_OPS.values() else "norm" if op.endswith("_norm") else op
+
+
+def _takes_one(module: nn.Module) -> bool:
+    """Whether a module's forward has one input and no options."""
+    return len(inspect.signature(type(module).forward).parameters) == 2
+
+
+def _norm(module: nn.Module, spec: Norm) -> NormForward | str:
+    if not _takes_one(module):
+        return "its forward takes more than one input"
+    weight = getattr(module, spec.weight, None)
+    if weight is not None and (not isinstance(weight, torch.Tensor) or (weight.dim() != 1 and weight.numel())):
+        return f"its {spec.weight} is no vector"
+    if isinstance(spec.eps, float):
+        return NormForward(module, spec, spec.eps)
+    names = [spec.eps] if spec.eps else ["variance_epsilon", "eps", "norm_eps", "epsilon"]
     held = [name for name in names if isinstance(getattr(module, name, None), (int, float))]
     return NormForward(module, spec, held[0]) if held else f"it has no eps under the name {' or '.join(names)}"
 
 
-def _glu(module: Any) -> GLUForward | str:
-    missing = [name for name in ("gate_proj", "up_proj", "down_proj", "act_fn") if not callable(getattr(module, name, None))]
+def _glu(module: Any, spec: GLU) -> GLUForward | str:
+    if not _takes_one(module):
+        return "its forward takes more than one input"
+    missing = [name for name in (*spec.projections, spec.act_fn) if not callable(getattr(module, name, None))]
     if missing:
         return f"it has no {', '.join(missing)}"
-    if is_hooked(module.act_fn):
-        return Left("there are hooks on its act_fn, which is called for them")
-    x = torch.linspace(-8, 8, 65, dtype=torch.float64, device="cpu")
-    if not torch.allclose(module.act_fn(x), F.silu(x), rtol=1e-6, atol=1e-6):
-        return f"its act_fn is {_title(module.act_fn)} (hidden_act={getattr(module.config, 'hidden_act', '?')!r}), the entry says silu"
-    return GLUForward(module)
+    function = getattr(module, spec.act_fn)
+    if is_hooked(function):
+        return Left(f"there are hooks on its {spec.act_fn}, which is called for them")
+    act = act_of(function)
+    known = ("relu_squared",) if not spec.gate else PACKED if spec.packed else SEPARATE
+    if act is None or act not in known:
+        config = getattr(getattr(module, "config", None), "hidden_act", "?")
+        return f"its {spec.act_fn} is {_title(function)} (hidden_act={config!r}), there are functions for {', '.join(known)}"
+    return GLUForward(module, spec, act)
 
 
 # --- the rotary function ----------------------------------------------------------------------------------------------------------------
 
 
-def _rope(root: nn.Module, function: str, asked: Mapping[str, bool]) -> Iterator[Find]:
-    def make(module: nn.Module) -> RopeForward | str:
-        if not isinstance(getattr(module, "head_dim", None), int):
-            return "it has no head_dim"
-        try:
-            return RopeForward(module, function)
-        except ValueError as error:
-            return str(error)
-
-    found, attention = False, {}
-    for path, module in root.named_modules():
-        if uses_global(type(module).forward, function):
-            found = True
-            yield _forward(Row(path, "rope", function, "liger_fn.rope", PLANNED), module, asked, make)
+def _rope(places: Places, root: nn.Module, specs: tuple[Rope, ...], asked: Mapping[str, bool]) -> Iterator[Find]:
+    found: set[str] = set()
+    attention = {}
+    for path, module in places:
+        read = tuple(spec for spec in specs if uses_global(type(module).forward, spec.function))
+        if read:
+            names = [spec.function for spec in read]
+            found.update(names)
+            yield _forward(Row(path, "rope", " and ".join(names), "liger_fn.rope", PLANNED), module, asked, partial(_turning, specs=read))
         elif "Attention" in type(module).__name__:
             attention[type(module).__name__] = type(module).forward
-    if not found and asked["rope"]:
-        seen = "; ".join(f"{name}.forward is {_title(forward)}" for name, forward in attention.items()) or "no attention module"
-        yield Find(Row(function, "rope", "–", "–", FAILED, f"no module's forward reads a global of this name ({seen})"))
+    for spec in specs:
+        if spec.function not in found and asked["rope"]:
+            seen = "; ".join(f"{name}.forward is {_title(forward)}" for name, forward in attention.items()) or "no attention module"
+            yield Find(Row(spec.function, "rope", "–", "–", FAILED, f"no module's forward reads a global of this name ({seen})"))
+
+
+def _turning(module: nn.Module, specs: tuple[Rope, ...]) -> RopeForward | str:
+    try:
+        return RopeForward(module, *specs)
+    except ValueError as error:
+        return str(error)
 
 
 # --- the head ---------------------------------------------------------------------------------------------------------------------------
@@ -197,8 +253,8 @@ def _head(root: PreTrainedModel, spec: Head, asked: Mapping[str, bool]) -> Itera
         return Find(replace(row, was=was, now=was, status=LEFT, why=why))
 
     def proof(head: bool) -> tuple[Callable[[], None], Hashable]:
-        key = ("head", id(root), spec.name, head, plain)
-        return lambda: _proof.prove_head(root, spec.name, head, plain), key
+        key = ("head", id(root), spec, head, plain)
+        return lambda: _proof.prove_head(root, spec, head, plain), key
 
     row = replace(row, was=type(layer).__name__)
     if isinstance(installed(root, "forward"), CausalLMForward) and isinstance(installed(layer, "forward"), HeadForward):
@@ -211,7 +267,7 @@ def _head(root: PreTrainedModel, spec: Head, asked: Mapping[str, bool]) -> Itera
         yield Find(row).failed(f"{type(root).__name__}.forward takes no labels")
     else:
         head = HeadForward(layer)
-        yield Find(row, (head, CausalLMForward(root, head, spec.name), CausalLMLoss(root, plain)), *proof(head=True))
+        yield Find(row, (head, CausalLMForward(root, head, spec), CausalLMLoss(root, plain)), *proof(head=True))
 
     if plain_already:
         yield Find(replace(loss_row, status=ALREADY), (), *proof(head=False))
@@ -244,12 +300,14 @@ def _proof_of(swap: Swap) -> tuple[Callable[[], None], Hashable]:
     module = swap.module
     like = type(module), *_proof.where(module)
     if isinstance(swap, NormForward):
-        eps = getattr(module, swap.eps)
-        return lambda: _proof.prove_norm(swap), (swap.op, *like, swap.offset, swap.cast, eps, tuple(module.weight.shape))
+        eps = getattr(module, swap.eps) if isinstance(swap.eps, str) else swap.eps
+        weights = tuple(getattr(getattr(module, name, None), "shape", None) for name in (swap.spec.weight, "bias"))
+        return lambda: _proof.prove_norm(swap), (swap.op, *like, swap.spec, eps, weights)
     if isinstance(swap, GLUForward):
-        return lambda: _proof.prove_glu(swap), (swap.op, *like, type(module.act_fn))
+        numbers = tuple(getattr(module, name) for name in (swap.spec.gate_multiplier, swap.spec.down_multiplier) if name)
+        return lambda: _proof.prove_glu(swap), (swap.op, *like, swap.spec, type(swap.act_fn), numbers)
     assert isinstance(swap, RopeForward)
-    return lambda: _proof.prove_rope(swap), (swap.op, *like, module.head_dim)
+    return lambda: _proof.prove_rope(swap), (swap.op, *like, swap.specs)
 
 
 def _title(value: Any) -> str:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from math import inf
+from operator import attrgetter
 from typing import Any
 
 import torch.nn.functional as F
@@ -21,7 +23,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 import liger_fn
 
-from ._carrier import FusedLogits, Source
+from ._carrier import FusedLogits, Source, Step, same_number
+from ._spec import Head
 from ._swap import Forward, Swap
 
 if is_available():
@@ -40,13 +43,14 @@ class Request:
     shift_labels: Tensor | None = None
     num_items_in_batch: Any = None
     ignore_index: int = -100
+    steps: tuple[Step, ...] = ()
 
     def same(self, other: Request) -> bool:
         """Whether both ask for the same loss. Tensors are compared by identity: the model passes on what it was given."""
         return (
             self.labels is other.labels
             and self.shift_labels is other.shift_labels
-            and (self.num_items_in_batch is other.num_items_in_batch or _same_number(self.num_items_in_batch, other.num_items_in_batch))
+            and (self.num_items_in_batch is other.num_items_in_batch or same_number(self.num_items_in_batch, other.num_items_in_batch))
             and self.ignore_index == other.ignore_index
         )
 
@@ -76,13 +80,13 @@ class Request:
 class CausalLMForward(Forward):
     """The forward of a causal LM: its own, with the labels remembered for its output layer."""
 
-    __slots__ = ("head", "labels_at", "name")
+    __slots__ = ("head", "labels_at", "spec")
 
-    op = "linear_cross_entropy"
+    op = kind = "linear_cross_entropy"
 
-    def __init__(self, module: nn.Module, head: HeadForward, name: str) -> None:
+    def __init__(self, module: nn.Module, head: HeadForward, spec: Head) -> None:
         super().__init__(module)
-        self.head, self.name = head, name
+        self.head, self.spec = head, spec
         self.labels_at = list(inspect.signature(self.__self__.forward).parameters).index("labels")
 
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -97,9 +101,34 @@ class CausalLMForward(Forward):
         if labels is None or not module.training:
             return None
         # Since the patch, an adapter may have taken the output layer's place, or the user given the model another loss: both need logits.
-        if getattr(module, self.name) is not self.head.module or not isinstance(module.loss_function, CausalLMLoss):
+        if getattr(module, self.spec.name) is not self.head.module or not isinstance(module.loss_function, CausalLMLoss):
             return None
-        return Request(labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch"), kwargs.get("ignore_index", -100))
+        steps = steps_of(module, self.spec)
+        if steps is None:
+            return None
+        return Request(labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch"), kwargs.get("ignore_index", -100), steps)
+
+
+def steps_of(root: nn.Module, spec: Head) -> tuple[Step, ...] | None:
+    """What the model does to its logits, with the numbers that it has now; None where the loss cannot do it, and needs logits."""
+    scale, divisor, cap = (attrgetter(path)(root) if path else None for path in (spec.scale, spec.divide, spec.softcap))
+    numbers = [number for number in (scale, divisor, cap) if number is not None]
+    if not all(isinstance(number, (int, float)) and 0 < number < inf for number in numbers):
+        return None
+    steps = [Step(name, number) for name, number in (("mul", scale), ("div", divisor)) if number is not None]
+    if cap is not None:
+        steps += [Step("div", cap), Step("tanh"), Step("mul", cap)]
+    return tuple(steps)
+
+
+def formed(steps: tuple[Step, ...]) -> dict[str, Any]:
+    """The same as options of `liger_fn.linear_cross_entropy`."""
+    capped = len(steps) > 2 and steps[-2].name == "tanh"
+    scale = 1.0
+    for step in steps[:-3] if capped else steps:
+        assert step.number is not None  # only a tanh has none
+        scale = scale * step.number if step.name == "mul" else scale / step.number
+    return {"logit_scale": scale, "softcap": steps[-1].number if capped else None}
 
 
 class HeadForward(Forward):
@@ -107,7 +136,7 @@ class HeadForward(Forward):
 
     __slots__ = ("requests",)
 
-    op = "linear_cross_entropy"
+    op = kind = "linear_cross_entropy"
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -122,7 +151,9 @@ class HeadForward(Forward):
             return self.stock(module, hidden_states)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         target = request.targets(x.shape[0]).to(x.device)
-        loss = liger_fn.linear_cross_entropy(x, weight, target, bias, ignore_index=request.ignore_index, reduction=request.reduction)
+        loss = liger_fn.linear_cross_entropy(
+            x, weight, target, bias, ignore_index=request.ignore_index, reduction=request.reduction, **formed(request.steps)
+        )
         if request.num_items_in_batch is not None:
             loss = request.normalize(loss)
         return FusedLogits(loss, Source(self, hidden_states, weight, bias, request))
@@ -168,7 +199,8 @@ class CausalLMLoss(Swap):
         request = Request(labels, shift_labels, num_items_in_batch, ignore_index)
         if isinstance(logits, FusedLogits):
             # Once someone has had the logits in hand, a hook or the model itself, they may be others than those the loss is of.
-            if not logits.source.touched and logits.source.request.same(request) and logits.shape[-1] == vocab_size:
+            source = logits.source
+            if not source.touched and not source.steps and source.request.same(request) and logits.shape[-1] == vocab_size:
                 return logits.loss
             # Nor is it of use if the model asks for another loss than the one its caller asked for.
             logits = logits.materialize()
@@ -183,7 +215,3 @@ class CausalLMLoss(Swap):
 def has_backward_hooks(module: nn.Module) -> bool:
     """Whether backward through this module calls hooks of it."""
     return bool(module._backward_hooks or module._backward_pre_hooks)
-
-
-def _same_number(a: Any, b: Any) -> bool:
-    return isinstance(a, int) and isinstance(b, int) and a == b

@@ -1,52 +1,98 @@
-"""Modules: norms and gated MLPs, computed by `liger_fn` with the module's own parameters and children."""
+"""Modules: norms and MLPs, computed by `liger_fn` with the module's own parameters and children."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import liger_fn
 
-from ._spec import Norm
+from ._spec import GLU, GLU_OPS, Norm
 from ._swap import Forward, is_stock
+
+ACTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x).square(),
+}
+_OPTIONS: dict[str, dict[str, Any]] = {"gelu": {"approximate": "none"}, "gelu_tanh": {"approximate": "tanh"}}
+SEPARATE = ("silu", "gelu", "gelu_tanh", "relu")  # the activations of two projections that there are functions for
+PACKED = ("silu", "gelu", "gelu_tanh")  # and of one packed projection
 
 
 class NormForward(Forward):
-    """The forward of an RMSNorm."""
+    """The forward of a norm."""
 
-    __slots__ = ("cast", "eps", "offset")
+    __slots__ = ("eps", "op", "spec")
 
-    op = "rms_norm"
+    kind = "norm"
 
-    def __init__(self, module: nn.Module, spec: Norm, eps: str) -> None:
+    def __init__(self, module: nn.Module, spec: Norm, eps: str | float) -> None:
         super().__init__(module)
-        self.eps, self.offset, self.cast = eps, spec.offset, spec.cast
+        self.spec, self.eps, self.op = spec, eps, spec.op
 
     def run(self, module: Any, hidden_states: Tensor) -> Tensor:
         # eps is read at each call: the module owns it.
-        return liger_fn.rms_norm(hidden_states, module.weight, getattr(module, self.eps), offset=self.offset, cast=self.cast)
+        eps, spec = getattr(module, self.eps) if isinstance(self.eps, str) else self.eps, self.spec
+        weight = getattr(module, spec.weight, None)
+        if spec.kind == "rms":
+            return liger_fn.rms_norm(hidden_states, weight, eps, offset=spec.offset, cast=spec.cast)
+        if spec.offset and weight is not None:
+            weight = weight + spec.offset
+        return liger_fn.layer_norm(hidden_states, weight, getattr(module, "bias", None), eps)
 
 
 class GLUForward(Forward):
-    """The forward of a gated MLP. The projections are called as modules, so adapters, hooks and sharding on them go on working.
+    """The forward of an MLP. The projections are called as modules, so adapters, hooks and sharding on them go on working.
 
-    The activation is not called, so it must be the one that was found to be silu: with another, or with hooks on it, the module runs as
-    it was.
+    The activation is not called, so it must be the one that it was found to be: with another, or with hooks on it, the module runs as it
+    was.
     """
 
-    __slots__ = ("act_fn",)
+    __slots__ = ("act", "act_fn", "op", "spec")
 
-    op = "swiglu"
+    kind = "mlp"
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, spec: GLU, act: str) -> None:
         super().__init__(module)
-        self.act_fn = module.act_fn
+        self.spec, self.act, self.op = spec, act, GLU_OPS[act]
+        self.act_fn = getattr(module, spec.act_fn)
 
     def run(self, module: Any, x: Tensor) -> Tensor:
-        if module.act_fn is not self.act_fn or is_hooked(self.act_fn):
+        spec = self.spec
+        if getattr(module, spec.act_fn) is not self.act_fn or is_hooked(self.act_fn):
             return self.stock(module, x)
-        return module.down_proj(liger_fn.swiglu(module.gate_proj(x), module.up_proj(x)))
+        options = _OPTIONS.get(self.act, {})
+        if spec.gate_multiplier:
+            options = options | {"gate_multiplier": getattr(module, spec.gate_multiplier)}
+        if self.act == "relu_squared":
+            y = liger_fn.relu_squared(getattr(module, spec.up)(x))
+        elif spec.packed:
+            y = getattr(liger_fn, f"{self.op}_packed")(getattr(module, spec.packed)(x), **options)
+        else:
+            y = getattr(liger_fn, self.op)(getattr(module, spec.gate)(x), getattr(module, spec.up)(x), **options)
+        y = getattr(module, spec.down)(y)
+        y = y * getattr(module, spec.down_multiplier) if spec.down_multiplier else y
+        return F.dropout(y, getattr(module, spec.dropout), module.training) if spec.dropout else y
+
+
+def act_of(function: Callable[[Tensor], Tensor]) -> str | None:
+    """Which activation a function is, by its values; None for one that is not known."""
+    x = torch.linspace(-8, 8, 65, dtype=torch.float64, device="cpu")
+    try:
+        y = function(x)
+    except Exception:
+        return None
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        return None
+    return next((name for name, act in ACTS.items() if torch.allclose(y, act(x), rtol=1e-6, atol=1e-6)), None)
 
 
 def is_hooked(function: Any) -> bool:

@@ -14,18 +14,19 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from ._carrier import FusedLogits
 from ._head import CausalLMForward, CausalLMLoss, HeadForward
 from ._modules import GLUForward, NormForward
-from ._rope import RopeForward, rotary
+from ._rope import KINDS, RopeForward, of_tokens
+from ._spec import Head, Rope
 
 Run = Callable[[torch.dtype], Mapping[str, Tensor]]  # values and gradients by name, from inputs rounded once and then held in this dtype
 
@@ -35,6 +36,10 @@ BATCHES = 16  # one loss may be exact by luck, in the original or in ours; this 
 
 class Disagreement(Exception):
     """A replacement is not the function that it would replace, or one of the two does not run."""
+
+
+class DoesNotRun(Disagreement):
+    """The original does not run on such an input."""
 
 
 class InDouble(TorchFunctionMode):
@@ -134,34 +139,54 @@ def stand_in(
 
 
 def prove_norm(swap: NormForward) -> None:
-    module = swap.module
+    module, name = swap.module, swap.spec.weight
     dtype, device = where(module)
-    size = int(module.weight.shape[-1]) if module.weight.numel() else 64
-    # Rows from far below to far above sqrt(eps), so that eps counts in some and rounding in others.
-    scale = torch.tensor([1e-4, 1e-3, 1e-2, 1.0, 3.0, 30.0], dtype=torch.float64).view(2, 3, 1)
+    weight, bias = getattr(module, name, None), getattr(module, "bias", None)
+    size = int(weight.shape[-1]) if weight is not None and weight.numel() else 64
+    size = _width(module, size if size >= 16 else 64)  # the errors of a few elements would be luck
+    # Rows from far below to far above sqrt(eps), so that eps counts in some and rounding in others; and of each, more than luck decides.
+    scale = torch.tensor([1e-4, 1e-3, 1e-2, 1.0, 3.0, 30.0], dtype=torch.float64).view(6, 1)
 
     def run(forward: Callable[..., Any]) -> Run:
         def values(held: torch.dtype) -> Mapping[str, Tensor]:
-            weight = normal((size,), held, device, seed=1, rounded=dtype)
-            x = normal((2, 3, size), held, device, seed=2, rounded=dtype, scale=scale)
-            y = forward(stand_in(module, parameters={"weight": weight}), x)
-            return {"output": y} | gradients([y], {"input": x, "weight": weight})
+            own = {name: normal((size,), held, device, seed=1, rounded=dtype)} if weight is not None else {}
+            if swap.spec.kind == "layer" and bias is not None:
+                own["bias"] = normal((size,), held, device, seed=3, rounded=dtype)
+            x = normal((max(8, 256 // size), 6, size), held, device, seed=2, rounded=dtype, scale=scale)
+            y = forward(stand_in(module, parameters=own), x)
+            return {"output": y} | gradients([y], {"input": x} | own)
 
         return values
 
     compare(run(type(module).forward), run(swap.run), dtype, device)
 
 
+def _width(module: nn.Module, otherwise: int) -> int:
+    """Of the rows that a norm takes, if it insists on one."""
+    shape = getattr(module, "normalized_shape", otherwise)
+    return int(shape[-1] if isinstance(shape, (tuple, list)) else shape)
+
+
 def prove_glu(swap: GLUForward) -> None:
-    module = swap.module
+    module, spec = swap.module, swap.spec
     dtype, device = where(module)
-    shapes = {"gate_proj": (64, 32), "up_proj": (64, 32), "down_proj": (32, 64)}
+    wide, narrow = 64, 32
+    shapes = dict.fromkeys(spec.projections, (wide, narrow)) | {spec.down: (narrow, wide)}
+    if spec.packed:
+        shapes[spec.packed] = (2 * wide, narrow)
+    sizes = {name: value for name, value in (("intermediate_size", wide), ("hidden_size", narrow)) if hasattr(module, name)}
 
     def run(forward: Callable[..., Any]) -> Run:
         def values(held: torch.dtype) -> Mapping[str, Tensor]:
             linears = {name: _linear(*shape, held, device, seed=i, rounded=dtype) for i, (name, shape) in enumerate(shapes.items())}
-            x = normal((2, 5, 32), held, device, seed=7, rounded=dtype, scale=3.0)
-            y = forward(stand_in(module, modules=linears), x)
+            x = normal((2, 5, narrow), held, device, seed=7, rounded=dtype, scale=3.0)
+            twin = stand_in(module, modules=linears)
+            twin.__dict__.update(sizes)
+            if spec.dropout:
+                twin.eval()
+            elif not torch.equal(forward(twin, x), forward(twin, x)):
+                raise Disagreement("it drops elements at random")
+            y = forward(twin, x)
             return {"output": y} | gradients([y], {"input": x} | {f"{name}.weight": linear.weight for name, linear in linears.items()})
 
         return values
@@ -170,47 +195,71 @@ def prove_glu(swap: GLUForward) -> None:
 
 
 def prove_rope(swap: RopeForward) -> None:
-    module = swap.module
-    dtype, device = where(module)
-    original = inspect.unwrap(type(module).forward).__globals__[swap.function]
-    parameters = list(inspect.signature(original).parameters.values())
-    expected = list(inspect.signature(rotary).parameters.values())
-    if [(p.name, p.default) for p in parameters] != [(p.name, p.default) for p in expected]:
-        raise Disagreement(f"{swap.function} takes {inspect.signature(original)}, not (q, k, cos, sin, unsqueeze_dim=1)")
-    size = int(module.head_dim)
+    for spec in swap.specs:
+        _prove_turn(swap.module, spec)
 
-    def run(function: Callable[..., Any]) -> Run:
+
+def _prove_turn(module: nn.Module, spec: Rope) -> None:
+    kind = KINDS[spec.kind]
+    dtype, device = where(module)
+    original = inspect.unwrap(type(module).forward).__globals__[spec.function]
+    takes, expected = (list(inspect.signature(f).parameters.values()) for f in (original, kind.function))
+    # What is turned may have any name; it is passed by position.
+    named = {"cos", "sin", "position_ids", "unsqueeze_dim"}
+    calls = [[(p.name if p.name in named else "", p.default) for p in each] for each in (takes, expected)]
+    if calls[0] != calls[1]:
+        raise Disagreement(f"{spec.function} takes {inspect.signature(original)}, not {inspect.signature(kind.function)}")
+    size, complex_tables = 32, len(expected) > 2 and expected[2].name == "freqs_cis"
+    names = ("queries", "keys") if expected[1].name in ("k", "xk") else ("queries",)
+
+    def run(function: Callable[..., Any], width: int) -> Run:
         def values(held: torch.dtype) -> Mapping[str, Tensor]:
-            q = normal((2, 3, 5, size), held, device, seed=1, rounded=dtype)
-            k = normal((2, 1, 5, size), held, device, seed=2, rounded=dtype)
-            angles = normal((1, 5, size // 2), torch.float64, torch.device("cpu"), seed=3, rounded=torch.float64, scale=math.pi).detach()
-            angles = torch.cat((angles, angles), -1)
-            cos, sin = (t.to(dtype).to(device, held) for t in (angles.cos(), angles.sin()))
-            outputs = function(q, k, cos, sin)
-            return dict(zip(("queries", "keys"), outputs, strict=True)) | gradients(outputs, {"queries": q, "keys": k})
+            shapes = {"queries": (2, 5, 3, size), "keys": (2, 5, 1, size)}
+            inputs = {}
+            for i, name in enumerate(names):
+                b, t, heads, d = shapes[name]
+                shape = (b, t, heads, d) if kind.by_tokens else (b, heads, t, d)
+                inputs[name] = normal(shape, held, device, seed=1 + i, rounded=dtype)
+            angles = normal((1, 5, width // 2), torch.float64, torch.device("cpu"), seed=3, rounded=torch.float64, scale=math.pi).detach()
+            if kind.function is of_tokens:
+                angles = angles[0]
+            cos, sin = (kind.tables(t).to(dtype).to(device, held) for t in (angles.cos(), angles.sin()))
+            tables = {p.name: {"cos": cos, "sin": sin}[p.name] for p in expected if p.name in ("cos", "sin")}
+            if complex_tables:
+                turn = torch.complex(*(t.to(torch.float64 if held is torch.float64 else torch.float32) for t in (cos, sin)))
+                found = function(*inputs.values(), turn)
+            else:
+                found = function(*inputs.values(), *tables.values())
+            outputs = found if isinstance(found, tuple) else (found,)
+            return dict(zip(names, outputs, strict=True)) | gradients(outputs, inputs)
 
         return values
 
-    compare(run(original), run(rotary), dtype, device)
+    compare(run(original, size), run(kind.function, size), dtype, device)
+    with suppress(DoesNotRun):  # some turn whole heads only
+        compare(run(original, size // 2), run(kind.function, size // 2), dtype, device)
 
 
-def prove_head(root: PreTrainedModel, name: str, head: bool, cross_entropy: bool) -> None:
+def prove_head(root: PreTrainedModel, spec: Head, head: bool, cross_entropy: bool) -> None:
     """The causal LM's own forward over fixed hidden states: its post-processing of logits and its loss, in training and in evaluation."""
-    layer = getattr(root, name)
+    layer, name = getattr(root, spec.name), spec.name
     dtype, device = where(layer)
-    vocab, hidden = int(root.config.vocab_size), 32
+    base = next((n for n, child in root.named_children() if isinstance(child, PreTrainedModel)), root.base_model_prefix)
+    vocab, hidden = int(root.config.get_text_config().vocab_size), 32
 
     def run(patched: bool, training: bool, **extra: Any) -> Run:
         def values(held: torch.dtype) -> Mapping[str, Tensor]:
             states = normal((2, 5, hidden), held, device, seed=1, rounded=dtype)
             linear = _linear(vocab, hidden, held, device, seed=2, rounded=dtype, bias=getattr(layer, "bias", None) is not None)
-            twin = stand_in(root, modules={root.base_model_prefix: _Fixed(states), name: linear})
+            twin = stand_in(root, modules={base: _Fixed(states, getattr(root, base)), name: linear})
             twin.__dict__["training"] = training
             if patched:
-                install_head(twin, name, head, cross_entropy)
+                install_head(twin, spec, head, cross_entropy)
             labels = torch.randint(vocab, (BATCHES, 2, 5), generator=torch.Generator().manual_seed(3), device="cpu").to(device)
             labels[:, 0, 1] = extra.get("ignore_index", -100)
             outputs = [twin.forward(input_ids=each, labels=each, **extra) for each in labels]
+            if patched and head and training and not all(carried(output.logits) for output in outputs):
+                raise Disagreement("what the model does between its output layer and its loss is not what the entry says")
             losses = torch.stack([output.loss for output in outputs])
             inputs = {"hidden states": states} | dict(linear.named_parameters())
             return {"loss": losses} | gradients([losses], inputs) | {"logits": outputs[0].logits + 0}
@@ -222,25 +271,49 @@ def prove_head(root: PreTrainedModel, name: str, head: bool, cross_entropy: bool
             compare(run(False, training, **extra), run(True, training, **extra), dtype, device)
 
 
-def install_head(root: nn.Module, name: str, head: bool, cross_entropy: bool) -> None:
+def carried(logits: Tensor | FusedLogits) -> bool:
+    """Whether a loss was carried all the way, and nobody needed logits."""
+    return isinstance(logits, FusedLogits) and not logits.source.touched and not logits.source.steps
+
+
+def install_head(root: nn.Module, spec: Head, head: bool, cross_entropy: bool) -> None:
     """Make the swaps of a causal LM's head: `head` for its two forwards, and its loss function in either case."""
     if head:
-        inner = HeadForward(getattr(root, name))
-        outer = CausalLMForward(root, inner, name)
+        inner = HeadForward(getattr(root, spec.name))
+        outer = CausalLMForward(root, inner, spec)
         inner.install()
         outer.install()
     CausalLMLoss(root, cross_entropy).install()
 
 
 class _Fixed(nn.Module):
-    """A base model whose hidden states are given."""
+    """A base model whose hidden states are given; in all else it is the one that it stands for."""
 
-    def __init__(self, states: Tensor) -> None:
+    def __init__(self, states: Tensor, base: Any) -> None:
         super().__init__()
         self.states = states
+        self.__dict__["base"] = base
 
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.states)
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.__dict__["base"], name)
+        return self if isinstance(value, PreTrainedModel) else value  # OPT calls its model's decoder
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _Output(self.states)
+
+
+class _Output:
+    """What a base model returns, as far as a head reads it: anything but the hidden states is None."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.last_hidden_state = states
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+    def __getitem__(self, at: Any) -> Any:
+        return (self.last_hidden_state,)[at]
 
 
 def _linear(
@@ -256,8 +329,11 @@ def _linear(
 def _run(who: str, run: Run, dtype: torch.dtype) -> Mapping[str, Tensor]:
     try:
         return {name: value.detach() for name, value in run(dtype).items()}
+    except Disagreement:
+        raise
     except Exception as error:
-        raise Disagreement(f"{who} does not run on a small input: {type(error).__name__}: {error}") from error
+        kind = DoesNotRun if who == "the original" else Disagreement
+        raise kind(f"{who} does not run on a small input: {type(error).__name__}: {error}") from error
 
 
 def _distance(a: Tensor, truth: Tensor) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 from ._errors import PatchError
 from ._spec import Arch
 from .archs import ARCHS
@@ -36,11 +38,18 @@ def register(arch: Arch, *, replace: bool = False) -> None:
     _entries[arch.model_type] = arch
 
 
+def known(model_type: str | None) -> Arch | None:
+    """The entry of a model type, if there is one."""
+    return _entries.get(model_type or "")
+
+
 def entry(model_type: str, who: str) -> Arch:
     """The entry of a model type, or a `PatchError` that says which there are and how to add one. `who`: in whose name."""
     if model_type not in _entries:
+        near = get_close_matches(model_type, _entries, 3)
+        meant = f" Near to it: {', '.join(near)}." if near else ""
         raise PatchError(
-            f"{who}: no entry for model type {model_type!r}. Supported: {', '.join(supported())}. "
-            f"Add one with liger_patch.register(liger_patch.Arch(model_type={model_type!r}, norm=..., mlp=..., rope=..., head=...))"
+            f"{who}: no entry for model type {model_type!r}.{meant} `python -m liger_patch` lists the {len(_entries)} that there are; "
+            "print(liger_patch.suggest(model)) writes one, as the code that registers it"
         )
     return _entries[model_type]

@@ -69,6 +69,7 @@ class Forward(Swap):
     __slots__ = ()
 
     slot_name = "forward"
+    kind: str  # what of a module it replaces: at most one swap of a kind
     __name__ = "forward"
 
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:

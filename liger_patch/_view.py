@@ -26,6 +26,16 @@ def uses_global(function: Any, name: str) -> bool:
     return name in function.__globals__ and any(_reads(code, name) for code in _codes(function.__code__))
 
 
+def globals_of(function: Any) -> list[str]:
+    """The functions that a function, under its decorators, reads as globals of its module."""
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    if not isinstance(function, FunctionType):
+        return []
+    held = function.__globals__.items()
+    return [name for name, value in held if isinstance(value, FunctionType) and any(_reads(c, name) for c in _codes(function.__code__))]
+
+
 def rebind(function: Any, name: str, replacement: Callable[..., Any]) -> FunctionType:
     """The same function, in which the global `name` is `replacement`.
 

@@ -1,7 +1,7 @@
 """The entries that ship, a family a file. Data only."""
 
-from . import llama
+from . import composite, gemma, layer_norm, llama, mixtures, variants
 
-ARCHS = (*llama.ARCHS,)
+ARCHS = (*composite.ARCHS, *gemma.ARCHS, *layer_norm.ARCHS, *llama.ARCHS, *mixtures.ARCHS, *variants.ARCHS)
 
 __all__ = ["ARCHS"]

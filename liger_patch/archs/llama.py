@@ -1,13 +1,47 @@
-"""Llama."""
+"""Decoders built like Llama: RMSNorm, a gated MLP, rotary embedding of halves, an output layer."""
 
-from .._spec import GLU, Arch, Head, Norm, Rope
+from .._spec import GLU, Head
+from ._like import like
 
 ARCHS = (
-    Arch(
-        model_type="llama",
-        norm=Norm("LlamaRMSNorm"),
-        mlp=GLU("LlamaMLP", act="silu"),
-        rope=Rope("apply_rotary_pos_emb"),
-        head=Head(),
+    like("apertus", "Apertus", mlp=None),
+    like("arcee", "Arcee", mlp=GLU("ArceeMLP", act="relu_squared", gate="")),
+    like("beam", "Beam", cast="gemma", head=Head(softcap="config.final_logit_softcapping")),
+    like("bitnet", "BitNet", mlp=None),
+    like("cwm", "Cwm"),
+    like("doge", "Doge"),
+    like("emu3_text_model", "Emu3"),
+    like("exaone4", "Exaone4"),
+    like(
+        "falcon_h1",
+        "FalconH1",
+        mlp=GLU("FalconH1MLP", gate_multiplier="gate_multiplier", down_multiplier="down_multiplier"),
+        head=Head(scale="config.lm_head_multiplier"),
     ),
+    like("flint", "Flint", cast="gemma"),
+    like("granite", "Granite", head=Head(divide="config.logits_scaling")),
+    like("granite_swa", "GraniteSWA", head=Head(divide="config.logits_scaling")),
+    like("hrm_text", "HrmText"),
+    like("hunyuan_v1_dense", "HunYuanDenseV1"),
+    like("hyperclovax", "HyperCLOVAX", head=Head(scale="config.logits_scaling")),
+    like("internlm3", "Llama"),
+    like("iquestcoder", "Llama"),
+    like("lfm2", "Lfm2", mlp=None),
+    like("lfm3", "Lfm3", mlp=None),
+    like("llama", "Llama"),
+    like("minicpm3", "MiniCPM3"),
+    like("ministral", "Ministral"),
+    like("ministral3", "Ministral3"),
+    like("mistral", "Mistral"),
+    like("moshi", "Moshi", cast="gemma", mlp=None),
+    like("olmo2", "Olmo2", cast="gemma"),
+    like("olmo3", "Olmo3", cast="gemma"),
+    like("olmo_hybrid", "OlmoHybrid", cast="gemma"),
+    like("phi3", "Phi3", mlp=GLU("Phi3MLP", packed="gate_up_proj", act_fn="activation_fn")),
+    like("phi4_multimodal", "Phi4Multimodal", mlp=GLU("Phi4MultimodalMLP", packed="gate_up_proj", act_fn="activation_fn")),
+    like("qwen2", "Qwen2"),
+    like("qwen3", "Qwen3"),
+    like("qwen3_5_text", "Qwen3_5", cast="gemma", offset=1.0),
+    like("seed_oss", "SeedOss", mlp=GLU("SeedOssMLP", dropout="residual_dropout")),
+    like("smollm3", "SmolLM3"),
 )

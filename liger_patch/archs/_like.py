@@ -1,0 +1,15 @@
+"""What many entries share."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from .._spec import GLU, Arch, Head, Norm, Rope
+
+LAYER_NORM = Norm("LayerNorm", kind="layer")
+
+
+def like(model_type: str, prefix: str, *, cast: Literal["llama", "gemma", "none"] = "llama", offset: float = 0.0, **parts: Any) -> Arch:
+    """The entry of a model built like Llama, whose classes begin with `prefix`; `cast` and `offset` are its norm's."""
+    given: dict[str, Any] = {"norm": Norm(f"{prefix}RMSNorm", offset=offset, cast=cast), "mlp": GLU(f"{prefix}MLP")}
+    return Arch(model_type, **given | {"rope": Rope(), "head": Head()} | parts)

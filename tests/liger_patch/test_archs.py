@@ -1,0 +1,132 @@
+"""Every entry of the registry, on a tiny random model of its type: patched, it is the same model."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import liger_fn
+import liger_patch
+from liger_patch import _registry
+from tests.liger_patch.tiny import VOCAB, build
+
+STEPS = 20
+TYPES = tuple(liger_patch.supported())
+UNABLE = ("blt_local_decoder", "blt_patcher", "git")  # they want what only another part makes
+COMPILED = ("llama", "gemma2", "qwen3", "cohere", "glm4", "phi3", "gpt_neox", "olmo2", "granite", "nemotron", "nanochat", "deepseek_v2")
+
+
+def inputs(model: PreTrainedModel, seed: int = 1) -> dict[str, Tensor]:
+    """Tokens, and their labels where the model takes any; nothing where it runs on other things."""
+    generator = torch.Generator().manual_seed(seed)
+    takes = inspect.signature(type(model).forward).parameters
+    if "input_ids" not in takes or model.config.model_type in UNABLE:
+        return {}
+    ids = torch.randint(7, VOCAB, (2, 9), generator=generator)  # past the ids of images and padding
+    labels = ids.clone()
+    labels[0, :2] = -100
+    return {"input_ids": ids} | ({"labels": labels} if "labels" in takes else {})
+
+
+def loss_of(model: PreTrainedModel, **given: Tensor) -> Tensor:
+    """Its own, or a number that depends on all that it returns."""
+    torch.manual_seed(0)  # of dropout
+    output = model(**given)
+    if getattr(output, "loss", None) is not None:
+        return output.loss
+    value = output[0]
+    return (value * torch.linspace(-1, 1, value.numel()).view_as(value)).sum()
+
+
+def logits_of(model: PreTrainedModel, given: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=given["input_ids"])[0]
+
+
+def train(model: PreTrainedModel) -> Tensor:
+    """The losses of some steps."""
+    # A gradient that is 0 but for rounding is no step.
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, eps=1e-4)
+    losses = []
+    for step in range(STEPS):
+        loss = loss_of(model, **inputs(model, step % 3))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The functions of the library that were called."""
+    names: set[str] = set()
+    for name in ("rms_norm", "layer_norm", "swiglu", "geglu", "reglu", "relu_squared", "rope", "linear_cross_entropy", "cross_entropy"):
+        for variant in (name, f"{name}_packed", f"{name}_complex"):
+            function = getattr(liger_fn, variant, None)
+            if function is not None:
+                wrapped = lambda *args, function=function, name=name, **kwargs: (names.add(name), function(*args, **kwargs))[1]  # noqa: E731
+                monkeypatch.setattr(liger_fn, variant, wrapped)
+    return names
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_an_entry_is_the_model(model_type: str, called: set[str]) -> None:
+    """Loss, logits, gradients and training are the original's, every operation is really in its place, and all of it can be undone."""
+    stock = build(model_type)
+    model = copy.deepcopy(stock)
+    report = liger_patch.auto(model)
+    entry = _registry.entry(model_type, "test")
+    patched = {row.op for row in report.where("patched")}
+    absent = {row.op for row in report.where("left") if row.why.startswith("no module of class")}
+    assert set(entry.ops()) <= patched | absent, report
+    assert patched or model_type == "llama4", report
+    given = inputs(model)
+    if not given:  # its swaps were proved when they were made
+        liger_patch.revert(model)
+        assert all("forward" not in vars(module) for module in model.modules())
+        return
+
+    called.clear()
+    loss = loss_of(model, **given)
+    if all(isinstance(m, type(model)) or not isinstance(m, PreTrainedModel) or m.config.model_type == model_type for m in model.modules()):
+        # Towers do not run on tokens; the plain cross entropy only where there are logits.
+        assert called >= patched - {"cross_entropy"}, report
+    want = loss_of(stock, **given)
+    torch.testing.assert_close(loss, want, rtol=2e-6, atol=2e-6)
+    theirs, ours = (dict(zip(dict(m.named_parameters()), _grads(y, m), strict=True)) for m, y in ((stock, want), (model, loss)))
+    for name, grad in theirs.items():
+        if grad is None or ours[name] is None:
+            assert grad is ours[name], name
+            continue
+        distance = torch.linalg.vector_norm(ours[name] - grad)
+        assert distance <= 1e-4 * torch.linalg.vector_norm(grad) + 1e-7, f"{name}: {float(distance):.3g}"
+    torch.testing.assert_close(logits_of(model, given), logits_of(stock, given), rtol=1e-4, atol=1e-5)
+
+    liger_patch.revert(model)
+    assert torch.equal(logits_of(model, given), logits_of(stock, given))
+    liger_patch.auto(model, verify=False)
+    torch.testing.assert_close(train(model.train()), train(stock.train()), rtol=1e-3, atol=1e-4)
+
+
+def _grads(loss: Tensor, model: PreTrainedModel) -> Any:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found = iter(torch.autograd.grad(loss, parameters, allow_unused=True))
+    return [next(found) if p.requires_grad else None for p in model.parameters()]
+
+
+@pytest.mark.parametrize("model_type", COMPILED)
+def test_a_patched_model_compiles_as_the_stock_one_does(model_type: str) -> None:
+    torch.compiler.reset()  # or the models count as one that changes too often
+    model = build(model_type)
+    given = inputs(model)
+    want = loss_of(model, **given)
+    liger_patch.auto(model)
+    got = loss_of(torch.compile(model, backend="aot_eager", fullgraph=True), **given)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

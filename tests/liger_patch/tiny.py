@@ -1,0 +1,124 @@
+"""A tiny random model of any type: the configuration's own defaults, with every size that is known made small."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+VOCAB = 128
+SIZES: dict[str, int] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "sliding_window": 16, "max_window_layers": 2, "image_token_id": 5, "video_token_id": 6, "image_token_index": 5,
+    # the names of older models
+    "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 64, "n_positions": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "ffn_dim": 64,
+    "ffn_hidden_size": 64, "d_ff": 64, "word_embed_proj_dim": 32, "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4, "decoder_ffn_dim": 64, "encoder_ffn_dim": 64,
+    # mixtures of experts
+    "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_topk": 2,
+    "moe_k": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1,
+    # latent attention, state spaces, linear attention
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "mamba_n_heads": 4,
+    "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 4, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB, "linear_head_dim": 8,
+    "linear_num_heads": 4, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 4,
+    "moe_shared_expert_intermediate_size": 16, "shared_experts_intermediate_size": 16, "index_head_dim": 8, "index_n_heads": 2,
+    # towers
+    "image_size": 16, "patch_size": 8, "num_channels": 3, "depth": 2, "num_heads": 4, "embed_dim": 32, "out_hidden_size": 32,
+    "projection_dim": 32,
+}  # fmt: skip
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+SPECIAL: dict[str, dict[str, Any]] = {
+    **{name: {"rope_parameters": ROPE} for name in ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text")},
+    "glm4v_moe_text": {"rope_parameters": ROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
+    "dots3_note_text": {"num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
+    "zaya": {"num_experts_per_tok": 1},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8},
+    "reformer": {"is_decoder": True},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "ministral": {"head_dim": 8},
+    "gptj": {"rotary_dim": 8},
+    "codegen": {"rotary_dim": 8},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "bamba": {"attn_layer_indices": [1]},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "xmod": {"default_language": "en_XX"},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+}
+
+
+def config_of(model_type: str) -> PreTrainedConfig:
+    """The tiny configuration of a type."""
+    return _small(CONFIG_MAPPING[model_type](), SPECIAL.get(model_type, {}))
+
+
+def _small(config: PreTrainedConfig, special: dict[str, Any]) -> PreTrainedConfig:
+    sizes: dict[str, Any] = {}
+    for name, value in SIZES.items():
+        try:
+            now = getattr(config, name)
+        except Exception:
+            continue
+        if isinstance(now, int):
+            sizes[name] = value
+    inner = {name: value for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)}
+    sizes |= {name: _small(value, SPECIAL.get(value.model_type, {})) for name, value in inner.items()}
+    layers = vars(config).get("layer_types")
+    if isinstance(layers, (list, tuple)) and layers:
+        kinds = list(dict.fromkeys(layers))
+        sizes["num_hidden_layers"] = max(2, len(kinds))
+        sizes["layer_types"] = (2 * kinds)[: sizes["num_hidden_layers"]]
+    if "kv_lora_rank" in sizes:  # every head has keys of its own
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    sizes |= special
+    for _ in range(4):
+        try:
+            return type(config)(**sizes)
+        except AttributeError as error:  # a size that follows from others
+            named = re.search(r"property '(\w+)'", str(error))
+            if named is None:
+                raise
+            sizes.pop(named[1])
+        except Exception:
+            if sizes.pop("layer_types", None) is None:
+                raise
+    raise RuntimeError(f"no tiny {config.model_type}")
+
+
+# Parts of others: no model can be made of their configuration alone.
+WITHIN = {
+    "blt_local_decoder": "blt", "blt_patcher": "blt", "emu3_text_model": "emu3", "git_vision_model": "git", "got_ocr2_vision": "got_ocr2",
+    "llama4_vision_model": "llama4", "mllama_text_model": "mllama", "mllama_vision_model": "mllama",
+    "phi4_multimodal_audio": "phi4_multimodal", "phi4_multimodal_vision": "phi4_multimodal", "qwen2_vl_vision": "qwen2_vl",
+}  # fmt: skip
+
+
+def build(model_type: str, *, seed: int = 0) -> PreTrainedModel:
+    """The causal LM of a type, its model of images and text, or its base model, whichever there is first; in training mode."""
+    if model_type in WITHIN:
+        whole = build(WITHIN[model_type], seed=seed)
+        return next(m for m in whole.modules() if isinstance(m, PreTrainedModel) and m.config.model_type == model_type)
+    config = config_of(model_type)
+    torch.manual_seed(seed)
+    causal = ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    names = (
+        *([causal] if model_type == "emu3" else []),  # its other model wants a tower of sizes of its own
+        ("AutoModelForImageTextToText", modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+        causal,
+        ("AutoModel", modeling_auto.MODEL_MAPPING_NAMES),
+    )
+    auto = next(name for name, mapping in names if model_type in mapping or name == "AutoModel")
+    model: PreTrainedModel = getattr(transformers, auto).from_config(config)
+    return model.train()
