@@ -44,7 +44,8 @@ def shifted(t: Tensor, fill: float) -> Tensor:
 
 def number(op: str, name: str, value: Any, rule: str) -> float:
     """`value`, a finite number above 0 ("above 0"), of at least 0 ("at least 0") or between 0 and 1 ("from 0 to 1")."""
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # No math.isfinite: a compiler that has met the number with two values traces it as a symbol.
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
     if not fits or value < 0 or (rule == "above 0" and value == 0) or (rule == "from 0 to 1" and value > 1):
         hint = "; pass None for no cap" if name == "softcap" else ""
         raise ValueError(f"{op}: {name} must be a number {'of ' if rule == 'at least 0' else ''}{rule}, got {value!r}{hint}")

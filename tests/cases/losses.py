@@ -112,9 +112,12 @@ CROSS_ENTROPY = Table(
 
 
 def _linear_cross_entropy(
-    *shape: int, v: int, bias: bool = False, every: int = 3, scale: float = 1.0, weights: bool = False, items: int = 0
+    *shape: int, v: int, bias: bool = False, every: int = 3, scale: float = 1.0, weights: bool = False, items: int = 0, exact: bool = False
 ) -> Callable[[Maker], Inputs]:  # fmt: skip
-    """Hidden states and a head whose logits have a spread of a few; perhaps weights of classes and of tokens between 0.5 and 1.5."""
+    """Hidden states and a head whose logits have a spread of a few; perhaps weights of classes and of tokens between 0.5 and 1.5.
+
+    If `exact`, no dtype rounds a logit: of few rows, that rounding would decide a verdict by luck.
+    """
 
     def make(m: Maker) -> Inputs:
         h = shape[-1]
@@ -124,6 +127,9 @@ def _linear_cross_entropy(
             "target": m.targets(*shape[:-1], classes=v, every=every),
             "bias": m.normal(v) if bias else None,
         }
+        if exact:
+            inputs["x"] = m.normal(*shape).sign_()
+            inputs["weight"] = m.normal(v, h, scale=32 / math.sqrt(h)).round_().div_(16)
         if weights:
             tokens = math.prod(shape[:-1])
             inputs["class_weight"] = torch.linspace(0.5, 1.5, v, device=m.device, dtype=FP32)
@@ -223,7 +229,7 @@ LINEAR_CROSS_ENTROPY = Table(
             for r in REDUCTIONS
         ),
     ),
-    large=Case("large", _linear_cross_entropy(2**31 // 4096 + 3, 4096, v=1000, every=0), {"reduction": "none"}, dtypes=(BF16,)),
+    large=Case("large", _linear_cross_entropy(2**31 // 4096 + 3, 4096, v=1000, every=0, exact=True), {"reduction": "none"}, dtypes=(BF16,)),
 )
 
 # --- linear_log_prob --------------------------------------------------------------------------------------------------------------------
@@ -275,7 +281,7 @@ LINEAR_LOG_PROB = Table(
             for how in ACCUMULATE
         ),
     ),
-    large=Case("large", _linear_cross_entropy(2**31 // 4096 + 3, 4096, v=1000, every=0), dtypes=(BF16,)),
+    large=Case("large", _linear_cross_entropy(2**31 // 4096 + 3, 4096, v=1000, every=0, exact=True), dtypes=(BF16,)),
 )
 
 # --- softmax ----------------------------------------------------------------------------------------------------------------------------
