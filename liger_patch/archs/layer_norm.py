@@ -85,4 +85,5 @@ ARCHS = (
     Arch("xlm-roberta", norm=LAYER_NORM),
     Arch("xlm-roberta-xl", norm=LAYER_NORM),
     Arch("xmod", norm=LAYER_NORM),
+    Arch("falcon", norm=LAYER_NORM, rope=Rope(), head=Head()),
 )

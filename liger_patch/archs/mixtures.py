@@ -169,4 +169,6 @@ ARCHS = (
     like("qwen3_vl_moe_text", "Qwen3VLMoeText", mlp=None, head=None, experts="Qwen3VLMoeTextExperts"),
     like("solar_open", "SolarOpen", experts="SolarOpenExperts"),
     like("zaya", "Zaya", mlp=None, experts="ZayaExperts"),
+    like("dots1", "Dots1", experts="Dots1Experts"),
+    like("lfm2_moe", "Lfm2Moe", mlp=None, experts="Lfm2MoeExperts"),
 )

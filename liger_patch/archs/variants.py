@@ -60,4 +60,5 @@ ARCHS = (
         rope=(Rope(), Rope("apply_rotary_pos_emb_interleave", kind="deinterleaved")),
         head=Head(),
     ),
+    Arch("blt", norm=Norm("BltRMSNorm"), mlp=GLU("BltMLP"), rope=Rope(kind="interleaved"), head=Head()),
 )

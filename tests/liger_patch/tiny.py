@@ -38,6 +38,8 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1
 SPECIAL: dict[str, dict[str, Any]] = {
     **{name: {"rope_parameters": ROPE} for name in ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text")},
     "glm4v_moe_text": {"rope_parameters": ROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1, "num_experts": 4},
     "dots3_note_text": {"num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
@@ -46,7 +48,6 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8},
     "reformer": {"is_decoder": True},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "ministral": {"head_dim": 8},
     "gptj": {"rotary_dim": 8},
     "codegen": {"rotary_dim": 8},

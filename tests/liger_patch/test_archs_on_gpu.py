@@ -1,0 +1,50 @@
+"""Every entry of the registry with the kernels themselves: each swap proved on the GPU, and training as the original trains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING
+
+import liger_fn
+import liger_patch
+from tests.liger_patch.test_archs import TYPES, inputs, loss_of
+from tests.liger_patch.tiny import WITHIN, build
+
+STEPS = 10
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_an_entry_is_the_model_on_a_gpu(model_type: str, dtype: torch.dtype) -> None:
+    if WITHIN.get(model_type, model_type) not in CONFIG_MAPPING:
+        pytest.skip("this release of transformers has no such type")
+    try:
+        stock = build(model_type).to("cuda", dtype)
+        given = {name: t.cuda() for name, t in inputs(stock).items()}
+        curve = train(stock, given) if given else None
+    except Exception as error:
+        pytest.skip(f"the original does not run here: {type(error).__name__}: {error}"[:200])
+    model = build(model_type).to("cuda", dtype)
+    with liger_fn.use_backend("triton"):
+        report = liger_patch.auto(model)
+        assert report.where("patched") or model_type == "llama4", report
+        if curve is not None:
+            ours = train(model, given)
+            # Noise of the dtype grows from step to step, in either.
+            limit = 2e-4 if dtype is torch.float32 else 3e-2
+            assert float((ours - curve).abs().max()) <= limit * float(curve.abs().max()), (ours, curve)
+
+
+def train(model: torch.nn.Module, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The losses of some steps on one batch."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, eps=1e-4)
+    losses = []
+    for _ in range(STEPS):
+        loss = loss_of(model, **given)  # type: ignore[arg-type]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach().float())
+    return torch.stack(losses)
