@@ -19,6 +19,7 @@ from .rope import rope, rope_complex
 from .softmax import softmax
 from .swiglu_mlp import swiglu_mlp
 from .vocab_parallel import vocab_parallel_linear_cross_entropy
+from .vocab_parallel_distill import vocab_parallel_linear_distill
 from .vocab_parallel_log_prob import vocab_parallel_linear_log_prob
 
 __all__ = [
@@ -43,5 +44,6 @@ __all__ = [
     "swiglu_packed",
     "use_backend",
     "vocab_parallel_linear_cross_entropy",
+    "vocab_parallel_linear_distill",
     "vocab_parallel_linear_log_prob",
 ]

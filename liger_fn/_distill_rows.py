@@ -1,20 +1,22 @@
 r"""The rows of a distillation: how far each row of student logits a is from its row of teacher logits t, and the gradient of that.
 
-    p = softmax(a / T)        q = softmax(t / T)        δ = log p − log q = (a − t) / T − shift
+    p = softmax(a / T)        q = softmax(t / T)        δ = log p − log q = (a − t − lead) / T − shift
     kl            D = Σ q (log q − log p) = Σ q φ(δ)                        da = (p − q) / T            φ(s) = exp(s) − 1 − s
     reverse_kl    D = Σ p (log p − log q) = Σ p φ(−δ)                       f = δ
     jsd           D = β KL(q‖m) + (1 − β) KL(p‖m),  m = β q + (1 − β) p     f = (1 − β) log(p / m)
     tvd           D = ½ Σ |p − q|                                           f = ½ sign(δ)
 
-da = p (f − Σ p f) / T for all but the first; Σ p f is over Σ p, 1 but for rounding. For tvd f − Σ p f is the whole p below q
-where p is above, and less the whole p above q where p is below. The sums of φ are those of logarithms, since p and q each sum to 1; but
-their terms are never negative and of second order, so that where p and q are nearly alike, D keeps its digits. With e = expm1(−|δ|), p − q
-is p or q times ∓e. A term of jsd is likewise the larger of p and q, times κ ψ(e) − ψ(κ e), where ψ(y) = (1 + y) log(1 + y) − y, and κ is
-the weight of the smaller in m. Each of these has a series where its argument is small.
+da = p (f − Σ p f) / T for all but the first; Σ p f is over Σ p, 1 but for rounding, and kept in two parts: its error would be the same in a
+whole row. So would that of δ, whose lead, max a − max t, large logits leave exact; its shift is what the sums of exp add. For tvd f − Σ p f
+is the whole p below q where p is above, and less the whole p above q where p is below. The sums of φ are those of logarithms, since p and q
+each sum to 1; but their terms are never negative and of second order, so that where p and q are nearly alike, D keeps its digits. With e =
+expm1(−|δ|), p − q is p or q times ∓e. A term of jsd is likewise the larger of p and q, times κ ψ(e) − ψ(κ e), where ψ(y) = (1 + y) log(1 +
+y) − y, and κ is the weight of the smaller in m. Each of these has a series where its argument is small.
 
 A logit of −inf is a probability of 0: 0 log 0 is 0; D is inf where a q > 0 meets a p = 0 in kl, a p > 0 a q = 0 in reverse_kl. A row whose
-target is `ignore_index` has D = 0 and gradient 0, whatever its logits. Here are the definition and plain PyTorch; the kernel is in
-`_distill_kernel`.
+target is `ignore_index` has D = 0 and gradient 0, whatever its logits. Where only some columns of a row are at hand, it takes steps: their
+maxima and sums of exp, from which the caller makes the row's; their shares of the other sums, likewise; the gradient. Here are the
+definition and plain PyTorch; the kernel is in `_distill_kernel`.
 Source: Hinton et al. 2015, arXiv:1503.02531 (kl); Agarwal et al. 2023, arXiv:2306.13649 (reverse_kl, jsd); Wen et al. 2023,
 arXiv:2307.15190 (tvd).
 """
@@ -23,7 +25,7 @@ from __future__ import annotations
 
 from math import inf
 from struct import pack, unpack
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,7 +34,11 @@ from ._check import wide
 from ._launch import tl  # noqa: F401  Triton's interpreter wants it in sight of what a kernel calls: `phi` and below
 
 DIVERGENCES = ("kl", "reverse_kl", "jsd", "tvd")
-STATS = 6  # numbers kept of a row: the maximum of a, Σ exp((a − max) / T), the same two of t, and Σ p f, or of tvd the p below and above q
+STATS = 6  # numbers of a row: the maximum of a, Σ exp((a − max) / T), the same of t; Σ p f in two parts, or of tvd the p below and above q
+
+
+Step = Literal["all", "tops", "sums"]
+STEPS = ("all", "tops", "sums")
 
 
 class Distance(NamedTuple):
@@ -60,6 +66,7 @@ class DistillRows(Protocol):
         scale: Tensor | None = None,
         divisor: Tensor | None = None,
         index: Tensor | None = None,
+        step: Step = "all",
     ) -> None:
         """
         Args:
@@ -69,6 +76,10 @@ class DistillRows(Protocol):
             grad: turn `a` into its gradient.
             scale: `[N]` or one element, the cotangent; 1 when absent. divisor: one element, divides it.
             index: `[n]`, which of the N rows each row of logits is.
+            step: of rows of which these are some columns. "tops" writes the first four of `stats`, of these columns (no `loss`, no `grad`).
+                "sums" reads them, of whole rows, and writes to `loss` what these columns have of D, and to the last two of `stats` the
+                same as of whole rows over their own Σ p, 0 where that is (with `grad` for kl alone, whose gradient does without).
+                A gradient without `loss` takes all six of whole rows.
         """
 
 
@@ -115,27 +126,35 @@ def plain_rows(
     scale: Tensor | None = None,
     divisor: Tensor | None = None,
     index: Tensor | None = None,
+    step: Step = "all",
 ) -> None:
     """`DistillRows` in plain PyTorch."""
     temperature, rows = distance.temperature, slice(None) if index is None else index
     left_out = None if target is None else target[rows] == ignore_index
     aw, tw = wide(a), wide(t)
     mine = stats[rows]
-    if loss is not None:
+    if step == "tops" or (loss is not None and step == "all"):
         for i, z in ((0, aw), (2, tw)):
-            mine[:, i] = z.amax(-1)
-            mine[:, i + 1] = torch.exp((z - mine[:, i : i + 1]) / temperature).sum(-1)
+            top = z.amax(-1, keepdim=True)
+            mine[:, i : i + 1] = top
+            mine[:, i + 1] = torch.exp((z - top.masked_fill(top == -inf, 0.0)) / temperature).sum(-1)
+    if step == "tops":
+        stats[rows] = mine
+        return
     top_a, sum_a, top_t, sum_t, mean, above = (mine[:, i : i + 1] for i in range(STATS))
     p, q = torch.exp((aw - top_a) / temperature) / sum_a, torch.exp((tw - top_t) / temperature) / sum_t
-    shift = (top_a - top_t) / temperature + torch.where(
-        sum_a > sum_t, ((sum_a - sum_t) / sum_t).log1p(), -((sum_t - sum_a) / sum_a).log1p()
-    )
+    shift = torch.where(sum_a > sum_t, ((sum_a - sum_t) / sum_t).log1p(), -((sum_t - sum_a) / sum_a).log1p())
     no_p, no_q = aw == -inf, tw == -inf
-    delta = torch.where(no_p & no_q, 0.0, (aw - tw) / temperature - shift)
+    delta = torch.where(no_p & no_q, 0.0, (aw - tw - (top_a - top_t)) / temperature - shift)
     each, f, pf, difference = _parts(p, q, delta, no_p, no_q, distance)
     if loss is not None:
-        mine[:, 4] = 0.0 if pf is None else pf.sum(-1) / p.sum(-1)
-        mine[:, 5] = (p * (0.5 + f)).sum(-1) / p.sum(-1) if f is not None and distance.name == "tvd" else 0.0
+        mine[:, 4:] = 0.0
+        if f is not None and pf is not None:
+            mass = p.sum(-1)
+            mass = mass.masked_fill(mass == 0.0, 1.0)  # columns that have nothing of the row
+            mine[:, 4] = pf.sum(-1) / mass
+            rest = p * (0.5 + f) if distance.name == "tvd" else torch.where(mean.isinf(), 0.0, pf - mean * p)
+            mine[:, 5] = rest.sum(-1) / mass
         stats[rows] = mine
         total = each.sum(-1)
         loss[rows] = total if left_out is None else total.masked_fill(left_out, 0.0)
@@ -145,7 +164,7 @@ def plain_rows(
         elif distance.name == "tvd":
             g = p * ((0.5 + f) * mean - (0.5 - f) * above)
         else:
-            g = p * (f - mean)
+            g = p * (f - mean - above)
         if scale is not None:
             g *= (scale if scale.numel() == 1 else scale[rows]).unsqueeze(-1)
         if divisor is not None:

@@ -319,7 +319,18 @@ def linear_distill(
     Source: Hinton et al. 2015, arXiv:1503.02531 (kl); Agarwal et al. 2023, arXiv:2306.13649 (reverse_kl, jsd); Wen et al. 2023,
     arXiv:2307.15190 (tvd).
     """
-    op = "linear_distill"
+    return _arguments(
+        "linear_distill", x, weight, x_teacher, weight_teacher, target, bias, bias_teacher, divergence, beta, temperature, ignore_index,
+        token_weight, reduction, num_items, memory_budget, accumulate, save,
+    )  # fmt: skip
+
+
+def _arguments(
+    op: str, x: Tensor, weight: Tensor, x_teacher: Tensor, weight_teacher: Tensor, target: Tensor | None, bias: Tensor | None,
+    bias_teacher: Tensor | None, divergence: str, beta: float, temperature: float, ignore_index: int, token_weight: Tensor | None,
+    reduction: str, num_items: int | Tensor | None, memory_budget: int | None, accumulate: str, save: str,
+) -> Args:  # fmt: skip
+    """What `op` was called with, checked, flat."""
     x, weight, bias = _head(op, "", x, weight, bias)
     _check.no_grad_for(op, x_teacher=x_teacher, weight_teacher=weight_teacher, bias_teacher=bias_teacher)
     x_teacher, weight_teacher, bias_teacher = _head(op, "_teacher", x_teacher, weight_teacher, bias_teacher)

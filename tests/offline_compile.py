@@ -20,10 +20,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import liger_fn
@@ -54,13 +56,28 @@ def launches(table: Table, case: Case, dtype: torch.dtype) -> list[_launch.Launc
     inputs = case.make(Maker(torch.device("meta"), dtype))
     present = [inputs.get(k) is not None for k in table.diff]
     alone = [tuple(i == j for j in range(len(present))) for i, p in enumerate(present) if p]
-    with liger_fn.use_backend("triton"), _launch.record() as made, torch.no_grad():
+    with ranks(table.ranks), liger_fn.use_backend("triton"), _launch.record() as made, torch.no_grad():
         y = op(**inputs, **case.options)
         _, residuals = op.fwd(**inputs, **case.options)
         dy = tuple(map(torch.empty_like, flat(y))) if isinstance(y, tuple) else torch.empty_like(y)
         for needs in dict.fromkeys((tuple(present), *alone)):
             op.bwd(residuals, dy, needs=needs)
     return made
+
+
+@contextmanager
+def ranks(n: int) -> Iterator[None]:
+    """As the first of `n`, which send each other nothing."""
+    if n == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def job(launch: _launch.Launch) -> Job:

@@ -77,3 +77,4 @@ class Table:
     large: Case  # more than 2^31 elements, outputs by row
     linear: bool = False  # in its differentiable arguments
     autocast: bool = False  # takes part in autocast as a matrix product does
+    ranks: int = 1  # of the process group whose first rank makes the launches

@@ -127,6 +127,17 @@ def test_a_teacher_nearly_like_the_student(backend: str, divergence: str, device
     assert float((grad - true_grad).norm()) < 2e-2 * float(true_grad.norm())
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_large_logits_leave_small_differences(backend: str, divergence: str, device: torch.device) -> None:
+    """Two logits as large as each other: nothing is rounded at the size of the logits."""
+    a, t = (torch.tensor(z, device=device) for z in ([700.0, 700.0, 0.0], [-300.0, -420.0, -900.0]))
+    found, grad = of_logits(a, t, divergence=divergence)
+    with liger_fn.use_backend("reference"):
+        truth, true_grad = of_logits(a.double(), t.double(), divergence=divergence)
+    torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad.double(), true_grad, rtol=1e-6, atol=1e-30)
+
+
 def test_jsd_is_symmetric(backend: str, device: torch.device) -> None:
     x, weight, x_teacher, weight_teacher, _ = inputs(device)
     one = liger_fn.linear_distill(x, weight, x_teacher, weight_teacher, divergence="jsd")
