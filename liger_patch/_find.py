@@ -131,7 +131,7 @@ def _modules(
     for path, module in places:
         if is_of(module, name):
             found = True
-            yield _forward(Row(path, op, name, f"liger_fn.{op}", PLANNED), module, asked, make)
+            yield _forward(Row(path, op, name, f"liger_fn.{op}", PLANNED), module, root, asked, make)
     if not found and asked[op]:
         row = Row(name, op, "–", "–", LEFT, f"no module of class {name} in {type(root).__name__}")
         # Not every configuration has all classes of its type's code. One that the code has not, the entry names in error.
@@ -144,11 +144,11 @@ def is_of(module: nn.Module, name: str) -> bool:
     return any(cls.__name__ == name and getattr(cls, "forward", None) is type(module).forward for cls in type(module).__mro__)
 
 
-def _forward(row: Row, module: nn.Module, asked: Mapping[str, bool], make: Callable[[nn.Module], Any]) -> Find:
+def _forward(row: Row, module: nn.Module, root: nn.Module, asked: Mapping[str, bool], make: Callable[[nn.Module], Any]) -> Find:
     present = installed(module, "forward")
     if isinstance(present, Forward) and present.kind == kind_of(row.op):
         row = replace(row, op=present.op, now=f"liger_fn.{present.op}")
-        return Find(replace(row, status=ALREADY), (), *_proof_of(present))
+        return Find(replace(row, status=ALREADY), (), *_proof_of(present, root))
     if not is_stock(module):
         if not asked[row.op]:
             return Find(replace(row, now=row.was, status=LEFT, why=f"{row.op}=False"))
@@ -160,7 +160,7 @@ def _forward(row: Row, module: nn.Module, asked: Mapping[str, bool], make: Calla
         return Find(replace(row, now=row.was, status=LEFT, why=f"{row.op}=False"))
     if isinstance(swap, Left):
         return Find(replace(row, now=row.was, status=LEFT, why=str(swap)))
-    return Find(row).failed(swap) if isinstance(swap, str) else Find(row, (swap,), *_proof_of(swap))
+    return Find(row).failed(swap) if isinstance(swap, str) else Find(row, (swap,), *_proof_of(swap, root))
 
 
 def kind_of(op: str) -> str:
@@ -214,7 +214,8 @@ def _rope(places: Places, root: nn.Module, specs: tuple[Rope, ...], asked: Mappi
         if read:
             names = [spec.function for spec in read]
             found.update(names)
-            yield _forward(Row(path, "rope", " and ".join(names), "liger_fn.rope", PLANNED), module, asked, partial(_turning, specs=read))
+            row = Row(path, "rope", " and ".join(names), "liger_fn.rope", PLANNED)
+            yield _forward(row, module, root, asked, partial(_turning, specs=read))
         elif "Attention" in type(module).__name__:
             attention[type(module).__name__] = type(module).forward
     for spec in specs:
@@ -295,19 +296,20 @@ def _not_a_plain_linear(root: PreTrainedModel, layer: nn.Module) -> str:
 # --- proofs -----------------------------------------------------------------------------------------------------------------------------
 
 
-def _proof_of(swap: Swap) -> tuple[Callable[[], None], Hashable]:
+def _proof_of(swap: Swap, root: nn.Module) -> tuple[Callable[[], None], Hashable]:
     """The proof of a module's swap, and what decides its outcome."""
     module = swap.module
-    like = type(module), *_proof.where(module)
+    at = _proof.where(module, root)
+    like = type(module), *at
     if isinstance(swap, NormForward):
         eps = getattr(module, swap.eps) if isinstance(swap.eps, str) else swap.eps
         weights = tuple(getattr(getattr(module, name, None), "shape", None) for name in (swap.spec.weight, "bias"))
-        return lambda: _proof.prove_norm(swap), (swap.op, *like, swap.spec, eps, weights)
+        return lambda: _proof.prove_norm(swap, at), (swap.op, *like, swap.spec, eps, weights)
     if isinstance(swap, GLUForward):
         numbers = tuple(getattr(module, name) for name in (swap.spec.gate_multiplier, swap.spec.down_multiplier) if name)
-        return lambda: _proof.prove_glu(swap), (swap.op, *like, swap.spec, type(swap.act_fn), numbers)
+        return lambda: _proof.prove_glu(swap, at), (swap.op, *like, swap.spec, type(swap.act_fn), numbers)
     assert isinstance(swap, RopeForward)
-    return lambda: _proof.prove_rope(swap), (swap.op, *like, swap.specs)
+    return lambda: _proof.prove_rope(swap, at), (swap.op, *like, swap.specs)
 
 
 def _title(value: Any) -> str:

@@ -15,6 +15,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
+from itertools import islice
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from ._modules import GLUForward, NormForward
 from ._rope import KINDS, RopeForward, of_tokens
 from ._spec import Head, Rope
 
+Place = tuple[torch.dtype, torch.device]
 Run = Callable[[torch.dtype], Mapping[str, Tensor]]  # values and gradients by name, from inputs rounded once and then held in this dtype
 
 
@@ -113,9 +115,10 @@ def gradients(outputs: Sequence[Tensor], inputs: Mapping[str, Tensor], seed: int
     return {f"gradient of {name}": grad for name, grad in zip(inputs, grads, strict=True)}
 
 
-def where(module: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """The dtype that a module computes in, and a device on which its proof can run."""
-    tensors = [p for p in module.parameters() if p.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)]
+def where(*modules: nn.Module) -> Place:
+    """The dtype that a module computes in, and a device on which its proof can run: those of the first of them that has parameters."""
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    tensors = [p for module in modules for p in islice((p for p in module.parameters() if p.dtype in floats), 1)]
     if not tensors:
         return torch.float32, torch.device("cpu")
     device = tensors[0].device
@@ -138,9 +141,9 @@ def stand_in(
 # --- one proof a kind of swap -----------------------------------------------------------------------------------------------------------
 
 
-def prove_norm(swap: NormForward) -> None:
+def prove_norm(swap: NormForward, at: Place) -> None:
     module, name = swap.module, swap.spec.weight
-    dtype, device = where(module)
+    dtype, device = at
     weight, bias = getattr(module, name, None), getattr(module, "bias", None)
     size = int(weight.shape[-1]) if weight is not None and weight.numel() else 64
     size = _width(module, size if size >= 16 else 64)  # the errors of a few elements would be luck
@@ -167,9 +170,9 @@ def _width(module: nn.Module, otherwise: int) -> int:
     return int(shape[-1] if isinstance(shape, (tuple, list)) else shape)
 
 
-def prove_glu(swap: GLUForward) -> None:
+def prove_glu(swap: GLUForward, at: Place) -> None:
     module, spec = swap.module, swap.spec
-    dtype, device = where(module)
+    dtype, device = at
     wide, narrow = 64, 32
     shapes = dict.fromkeys(spec.projections, (wide, narrow)) | {spec.down: (narrow, wide)}
     if spec.packed:
@@ -194,14 +197,14 @@ def prove_glu(swap: GLUForward) -> None:
     compare(run(type(module).forward), run(swap.run), dtype, device)
 
 
-def prove_rope(swap: RopeForward) -> None:
+def prove_rope(swap: RopeForward, at: Place) -> None:
     for spec in swap.specs:
-        _prove_turn(swap.module, spec)
+        _prove_turn(swap.module, spec, at)
 
 
-def _prove_turn(module: nn.Module, spec: Rope) -> None:
+def _prove_turn(module: nn.Module, spec: Rope, at: Place) -> None:
     kind = KINDS[spec.kind]
-    dtype, device = where(module)
+    dtype, device = at
     original = inspect.unwrap(type(module).forward).__globals__[spec.function]
     takes, expected = (list(inspect.signature(f).parameters.values()) for f in (original, kind.function))
     # What is turned may have any name; it is passed by position.

@@ -114,8 +114,8 @@ def _norms(name: str, module: nn.Module) -> Iterator[tuple[Norm, Any]]:
 
 
 def _both(*swaps: NormForward) -> None:
-    for swap in swaps:
-        _proof.prove_norm(swap)
+    for swap, dtype in zip(swaps, (torch.bfloat16, torch.float32), strict=True):
+        _proof.prove_norm(swap, (dtype, _proof.where(swap.module)[1]))
 
 
 def _keeps_dtype(module: nn.Module, weight: str) -> bool:
@@ -159,7 +159,7 @@ def _mlps(name: str, module: nn.Module) -> Iterator[tuple[GLU, Any]]:
             spec = GLU(name, act, act_fn=acts[0], gate_multiplier=gate, down_multiplier=down, **names)  # type: ignore[arg-type]
             swap = _glu(module, spec)
             if not isinstance(swap, str):
-                yield spec, partial(_proof.prove_glu, swap)
+                yield spec, partial(_proof.prove_glu, swap, _proof.where(module))
 
 
 def _numbers(module: nn.Module, name: str) -> list[str]:
@@ -185,7 +185,7 @@ def _turns(module: nn.Module, function: str) -> Iterator[tuple[Rope, Any]]:
             swap = RopeForward(module, spec)
         except ValueError:
             continue
-        yield spec, partial(_proof.prove_rope, swap)
+        yield spec, partial(_proof.prove_rope, swap, _proof.where(module))
 
 
 def _heads(root: PreTrainedModel) -> Iterator[tuple[Head, Any]]:

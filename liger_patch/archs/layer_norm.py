@@ -85,5 +85,4 @@ ARCHS = (
     Arch("xlm-roberta", norm=LAYER_NORM),
     Arch("xlm-roberta-xl", norm=LAYER_NORM),
     Arch("xmod", norm=LAYER_NORM),
-    Arch("falcon", norm=LAYER_NORM, rope=Rope(), head=Head()),
 )

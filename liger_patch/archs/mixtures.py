@@ -170,5 +170,4 @@ ARCHS = (
     like("solar_open", "SolarOpen", experts="SolarOpenExperts"),
     like("zaya", "Zaya", mlp=None, experts="ZayaExperts"),
     like("dots1", "Dots1", experts="Dots1Experts"),
-    like("lfm2_moe", "Lfm2Moe", mlp=None, experts="Lfm2MoeExperts"),
 )

@@ -13,7 +13,7 @@ matplotlib.use("Agg")  # draws to a file on machines without a display
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from .peers import COMPILE, DONATE, EAGER, LIGER, NATIVE, OURS, PROVIDERS, WEIGHT
+from .peers import COMPILE, DONATE, EAGER, EXACT, LIGER, NATIVE, OURS, PROVIDERS, WEIGHT
 from .report import along
 from .results import Row
 from .table import MODES
@@ -21,7 +21,7 @@ from .table import MODES
 Value = Callable[[Row], float | None]
 
 COLOURS = {OURS: "#e4572e", DONATE: "#f2a541", EAGER: "#c9ccd1", COMPILE: "#8a8f98", NATIVE: "#3a7ca5", LIGER: "#6aa84f"}
-COLOURS[WEIGHT] = "#f2a541"
+COLOURS |= {WEIGHT: "#f2a541", EXACT: "#8e5ea2"}
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.color": "#222222", "axes.titlelocation": "left"}
 
 

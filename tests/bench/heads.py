@@ -85,7 +85,7 @@ def asked(sizes: Sizes) -> tuple[str, ...]:
 
 
 def asked_by_tokens(n: int) -> tuple[str, ...]:
-    return OURS, WEIGHT, *((COMPILE,) if n <= MOST_COMPILED[0] else ()), LIGER
+    return OURS, WEIGHT, EXACT, *((COMPILE,) if n <= MOST_COMPILED[0] else ()), LIGER
 
 
 def keys() -> set[tuple[str, str, str, str]]:

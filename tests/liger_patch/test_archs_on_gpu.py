@@ -11,7 +11,7 @@ import liger_patch
 from tests.liger_patch.test_archs import TYPES, inputs, loss_of
 from tests.liger_patch.tiny import WITHIN, build
 
-STEPS = 10
+STEPS = 5
 
 
 @pytest.mark.gpu

@@ -192,7 +192,7 @@ def test_verify_finds_what_only_the_whole_model_shows(monkeypatch):
     from liger_patch import _proof
 
     model = llama()
-    monkeypatch.setattr(_proof, "prove_norm", lambda swap: None)
+    monkeypatch.setattr(_proof, "prove_norm", lambda swap, at: None)
     for module in model.modules():
         if isinstance(module, modeling_llama.LlamaRMSNorm):
             module.__class__ = norm(offset=0.01)
@@ -243,7 +243,7 @@ def test_equal_layers_are_proved_once(monkeypatch):
 
     calls = []
     original = _proof.prove_norm
-    monkeypatch.setattr(_proof, "prove_norm", lambda swap: calls.append(original(swap)))
+    monkeypatch.setattr(_proof, "prove_norm", lambda swap, at: calls.append(original(swap, at)))
     model = llama()
     liger_patch.plan(model)
     assert len(calls) == 1
