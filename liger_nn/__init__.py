@@ -4,5 +4,16 @@ from .distill import LinearDistillLoss
 from .loss import CrossEntropyLoss, LinearCrossEntropyLoss, LinearLogProb
 from .mlp import SwiGLUMLP
 from .rms_norm import RMSNorm
+from .vocab_parallel import VocabParallelLinearCrossEntropyLoss, VocabParallelLinearDistillLoss, VocabParallelLinearLogProb
 
-__all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss", "LinearDistillLoss", "LinearLogProb", "RMSNorm", "SwiGLUMLP"]
+__all__ = [
+    "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
+    "LinearDistillLoss",
+    "LinearLogProb",
+    "RMSNorm",
+    "SwiGLUMLP",
+    "VocabParallelLinearCrossEntropyLoss",
+    "VocabParallelLinearDistillLoss",
+    "VocabParallelLinearLogProb",
+]

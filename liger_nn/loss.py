@@ -49,6 +49,7 @@ class LinearCrossEntropyLoss(nn.Module):
     """
 
     class_weight: Tensor | None
+    function = "linear_cross_entropy"
 
     def __init__(
         self,
@@ -85,7 +86,7 @@ class LinearCrossEntropyLoss(nn.Module):
         num_items: int | Tensor | None = None,
         token_weight: Tensor | None = None,
     ) -> Any:
-        return liger_fn.linear_cross_entropy(
+        return getattr(liger_fn, self.function)(
             x, weight, target, bias, class_weight=self.class_weight, token_weight=token_weight, num_items=num_items, **self.options
         )
 
@@ -95,6 +96,8 @@ class LinearCrossEntropyLoss(nn.Module):
 
 class LinearLogProb(nn.Module):
     """`liger_fn.linear_log_prob` with its options held: `log_prob, aux = log_prob_fn(head.weight, x, target, head.bias)`."""
+
+    function = "linear_log_prob"
 
     def __init__(
         self,
@@ -114,7 +117,8 @@ class LinearLogProb(nn.Module):
         }  # fmt: skip
 
     def forward(self, weight: Tensor, x: Tensor, target: Tensor, bias: Tensor | None = None) -> tuple[Tensor, LogProbAux]:
-        return liger_fn.linear_log_prob(x, weight, target, bias, **self.options)
+        found: tuple[Tensor, LogProbAux] = getattr(liger_fn, self.function)(x, weight, target, bias, **self.options)
+        return found
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.options.items())

@@ -8,7 +8,9 @@ import torch
 import liger_fn
 import liger_nn
 
-HELD = {"divergence": "jsd", "beta": 0.3, "temperature": 2.0, "ignore_index": -1, "reduction": "none", "memory_budget": 4096}
+HELD = {"divergence": "jsd", "beta": 0.3, "temperature": 2.0, "ignore_index": -1, "reduction": "none"} | {
+    "save": "recompute", "accumulate": "fp32", "memory_budget": 4096
+}  # fmt: skip
 
 
 def test_is_the_function(device: torch.device) -> None:
@@ -18,7 +20,8 @@ def test_is_the_function(device: torch.device) -> None:
     want = liger_fn.linear_distill(x, w, x_teacher, w_teacher, target, b, b_teacher, **HELD)
     assert torch.equal(loss_fn(w, x, w_teacher, x_teacher, target, b, b_teacher), want)
     assert repr(loss_fn) == (
-        "LinearDistillLoss(divergence='jsd', beta=0.3, temperature=2.0, ignore_index=-1, reduction='none', memory_budget=4096)"
+        "LinearDistillLoss(divergence='jsd', beta=0.3, temperature=2.0, ignore_index=-1, reduction='none', "
+        "save='recompute', accumulate='fp32', memory_budget=4096)"
     )
 
 
@@ -26,5 +29,5 @@ def test_hands_on_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
     monkeypatch.setattr(liger_fn, "linear_distill", lambda *args, **options: seen.update(options))
     one = torch.ones(1, 1)
-    liger_nn.LinearDistillLoss(**HELD)(one, one, one, one)
-    assert seen == HELD
+    liger_nn.LinearDistillLoss(**HELD)(one, one, one, one, num_items=3)
+    assert seen == HELD | {"num_items": 3, "token_weight": None}
