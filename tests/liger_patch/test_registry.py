@@ -159,6 +159,18 @@ def test_what_a_model_does_to_its_logits_must_be_what_the_entry_says(alone: None
         liger_patch.auto(model)
 
 
+@pytest.mark.parametrize("model_type", ["granite", "gemma2", "cohere", "falcon_h1"])
+def test_logits_that_nobody_made_are_the_models(model_type: str) -> None:
+    """Scaled, divided or capped as it does, when somebody asks for them in training."""
+    model = build(model_type)
+    ids = torch.arange(8, 16)[None]
+    want = model(input_ids=ids).logits
+    liger_patch.auto(model)
+    logits = model(input_ids=ids, labels=ids).logits
+    assert not isinstance(logits, Tensor)
+    torch.testing.assert_close(logits + 0, want)
+
+
 def test_a_scale_that_no_loss_can_take_needs_logits() -> None:
     """One that has become negative since the patch."""
     model = build("granite")

@@ -42,7 +42,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1, "num_experts": 4},
     "dots3_note_text": {"num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    # numbers that multiply by 1 unless a configuration says otherwise
+    **{name: {"logits_scaling": 3.0} for name in ("granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared")},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "logits_scaling": 3.0},
+    "hyperclovax": {"logits_scaling": 0.5},
+    "falcon_h1": {"lm_head_multiplier": 0.5, "mlp_multipliers": [0.7, 0.6]},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "zaya": {"num_experts_per_tok": 1},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
