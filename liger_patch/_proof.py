@@ -33,6 +33,9 @@ Place = tuple[torch.dtype, torch.device]
 Run = Callable[[torch.dtype], Mapping[str, Tensor]]  # values and gradients by name, from inputs rounded once and then held in this dtype
 
 
+# The original multiplies all rows of hidden states, ours those that count: a library sums products of other sizes in another order, which
+# for MKL on two threads makes up to 1.7 of the error.
+HEAD_SLACK = 2.0
 BATCHES = 16  # one loss may be exact by luck, in the original or in ours; this many are not
 
 
@@ -271,7 +274,7 @@ def prove_head(root: PreTrainedModel, spec: Head, head: bool, cross_entropy: boo
 
     for training in (True, False):
         for extra in ({}, {"num_items_in_batch": 7, "ignore_index": 1}):
-            compare(run(False, training, **extra), run(True, training, **extra), dtype, device)
+            compare(run(False, training, **extra), run(True, training, **extra), dtype, device, slack=HEAD_SLACK)
 
 
 def carried(logits: Tensor | FusedLogits) -> bool:

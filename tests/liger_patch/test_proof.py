@@ -274,3 +274,14 @@ def test_the_public_names():
     for name in ("auto", "plan", "revert", "patched", "verify", "supported", "register"):
         assert name in liger_patch.__all__
         assert inspect.getdoc(getattr(liger_patch, name))
+
+
+@pytest.mark.parametrize("vocab", [4096, 8192])
+def test_a_head_is_proved_whatever_the_threads(vocab):
+    """The order in which a library sums depends on them, and on how many rows count."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert liger_patch.auto(llama(vocab_size=vocab)).where("patched")
+    finally:
+        torch.set_num_threads(before)
