@@ -196,10 +196,10 @@ def _glu(module: Any, spec: GLU) -> GLUForward | str:
     if is_hooked(function):
         return Left(f"there are hooks on its {spec.act_fn}, which is called for them")
     act = act_of(function)
-    known = ("relu_squared",) if not spec.gate else PACKED if spec.packed else SEPARATE
-    if act is None or act not in known:
+    served = ("relu_squared",) if not spec.gate else PACKED if spec.packed else SEPARATE
+    if act is None or act not in served:
         config = getattr(getattr(module, "config", None), "hidden_act", "?")
-        return f"its {spec.act_fn} is {_title(function)} (hidden_act={config!r}), there are functions for {', '.join(known)}"
+        return f"its {spec.act_fn} is {_title(function)} (hidden_act={config!r}), there are functions for {', '.join(served)}"
     return GLUForward(module, spec, act)
 
 

@@ -33,9 +33,9 @@ Place = tuple[torch.dtype, torch.device]
 Run = Callable[[torch.dtype], Mapping[str, Tensor]]  # values and gradients by name, from inputs rounded once and then held in this dtype
 
 
-# The original multiplies all rows of hidden states, ours those that count: a library sums products of other sizes in another order, which
-# for MKL on two threads makes up to 1.7 of the error.
-HEAD_SLACK = 2.0
+# The original multiplies all rows of hidden states, ours those that count. Of few rows, a library on several threads sums products of
+# one more or less in another order, and less exactly: MKL, of 10 and of 6.
+TOKENS = 16
 BATCHES = 16  # one loss may be exact by luck, in the original or in ours; this many are not
 
 
@@ -255,13 +255,13 @@ def prove_head(root: PreTrainedModel, spec: Head, head: bool, cross_entropy: boo
 
     def run(patched: bool, training: bool, **extra: Any) -> Run:
         def values(held: torch.dtype) -> Mapping[str, Tensor]:
-            states = normal((2, 5, hidden), held, device, seed=1, rounded=dtype)
+            states = normal((2, TOKENS, hidden), held, device, seed=1, rounded=dtype)
             linear = _linear(vocab, hidden, held, device, seed=2, rounded=dtype, bias=getattr(layer, "bias", None) is not None)
             twin = stand_in(root, modules={base: _Fixed(states, getattr(root, base)), name: linear})
             twin.__dict__["training"] = training
             if patched:
                 install_head(twin, spec, head, cross_entropy)
-            labels = torch.randint(vocab, (BATCHES, 2, 5), generator=torch.Generator().manual_seed(3), device="cpu").to(device)
+            labels = torch.randint(vocab, (BATCHES, 2, TOKENS), generator=torch.Generator().manual_seed(3), device="cpu").to(device)
             labels[:, 0, 1] = extra.get("ignore_index", -100)
             outputs = [twin.forward(input_ids=each, labels=each, **extra) for each in labels]
             if patched and head and training and not all(carried(output.logits) for output in outputs):
@@ -274,7 +274,7 @@ def prove_head(root: PreTrainedModel, spec: Head, head: bool, cross_entropy: boo
 
     for training in (True, False):
         for extra in ({}, {"num_items_in_batch": 7, "ignore_index": 1}):
-            compare(run(False, training, **extra), run(True, training, **extra), dtype, device, slack=HEAD_SLACK)
+            compare(run(False, training, **extra), run(True, training, **extra), dtype, device)
 
 
 def carried(logits: Tensor | FusedLogits) -> bool:

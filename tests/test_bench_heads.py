@@ -64,9 +64,8 @@ def test_gate_figures_json_and_page(tmp_path: Path) -> None:
     mine = {(r.mode, r.provider) for r in timed if r.shape == first and r.provider in peers.MINE}
     of_whole = {(HEAD_BOTH, p) for p in (OURS, WEIGHT, FP32, EXACT, RECOMPUTE, WEIGHT_64, EXACT_64)}
     assert mine == of_whole | {(HEAD_HALF, OURS), (HEAD_HALF, WEIGHT), (HEAD_FORWARD, OURS), (HEAD_FROZEN, OURS)}
-    assert {(r.size, r.provider) for r in timed if r.mode == HEAD_SWEEP} == {
-        (n, p) for n in heads.TINY_TOKENS for p in (OURS, WEIGHT, EXACT)
-    }
+    along = {(r.size, r.provider) for r in timed if r.mode == HEAD_SWEEP}
+    assert along == {(n, p) for n in heads.TINY_TOKENS for p in (OURS, WEIGHT, EXACT)}
     errors = {r.provider: r.errors for r in result.rows if r.mode == HEAD_ERRORS}
     assert errors.keys() == {OURS, WEIGHT, FP32, EXACT, EAGER}
     for each in errors.values():

@@ -1,11 +1,11 @@
 """Models of several: the head of the whole, and parts whose own output layer is that of the whole."""
 
 from .._spec import GLU, Arch, Head, Norm, Rope
-from ._like import LAYER_NORM, like
+from ._like import LAYER_NORM, OF_TOKENS, like
 
 ARCHS = (
-    Arch("blt_local_decoder", norm=Norm("BltRMSNorm"), mlp=GLU("BltMLP"), rope=Rope(kind="interleaved")),
-    Arch("blt_patcher", norm=Norm("BltRMSNorm"), mlp=GLU("BltMLP"), rope=Rope(kind="interleaved")),
+    like("blt_local_decoder", "Blt", rope=Rope(kind="interleaved"), head=None),
+    like("blt_patcher", "Blt", rope=Rope(kind="interleaved"), head=None),
     Arch("cpmant", norm=Norm("CpmAntLayerNorm")),
     Arch("fuyu", head=Head()),
     Arch("gemma3", norm=Norm("Gemma3RMSNorm", offset=1.0, cast="gemma"), head=Head()),
@@ -13,24 +13,15 @@ ARCHS = (
     Arch("gemma4_unified", head=Head()),
     Arch("glm4v", head=Head()),
     Arch("glm4v_moe", head=Head()),
-    Arch(
-        "glm4v_moe_vision",
-        norm=(Norm("Glm4vMoeRMSNorm"), LAYER_NORM),
-        mlp=GLU("Glm4vMoeisionMlp"),
-        rope=Rope("apply_rotary_pos_emb_vision", kind="of_tokens"),
-    ),
-    Arch(
+    Arch("glm4v_moe_vision", norm=(Norm("Glm4vMoeRMSNorm"), LAYER_NORM), mlp=GLU("Glm4vMoeisionMlp"), rope=OF_TOKENS),
+    like(
         "glm4v_text",
-        norm=Norm("Glm4vRMSNorm"),
+        "Glm4v",
         mlp=GLU("Glm4vTextMLP", packed="gate_up_proj", act_fn="activation_fn"),
         rope=Rope(kind="interleaved"),
+        head=None,
     ),
-    Arch(
-        "glm4v_vision",
-        norm=(Norm("Glm4vRMSNorm"), LAYER_NORM),
-        mlp=GLU("Glm4VisionMlp"),
-        rope=Rope("apply_rotary_pos_emb_vision", kind="of_tokens"),
-    ),
+    Arch("glm4v_vision", norm=(Norm("Glm4vRMSNorm"), LAYER_NORM), mlp=GLU("Glm4VisionMlp"), rope=OF_TOKENS),
     Arch("got_ocr2", head=Head()),
     Arch("idefics3", head=Head()),
     Arch("llama4"),  # its output layer is in a causal LM within, its loss outside of that
@@ -51,12 +42,7 @@ ARCHS = (
     like("pixtral", "Pixtral", mlp=GLU("PixtralMLP", act="gelu"), head=None),
     Arch("qwen2_5_vl", head=Head()),
     like("qwen2_5_vl_text", "Qwen2_5_VL", mlp=GLU("Qwen2MLP"), head=None),
-    Arch(
-        "qwen2_5_vl_vision",
-        norm=Norm("Qwen2_5_VLRMSNorm"),
-        mlp=GLU("Qwen2_5_VLMLP"),
-        rope=Rope("apply_rotary_pos_emb_vision", kind="of_tokens"),
-    ),
+    like("qwen2_5_vl_vision", "Qwen2_5_VL", rope=OF_TOKENS, head=None),
     Arch("qwen2_vl", head=Head()),
     like("qwen2_vl_text", "Qwen2VL", mlp=GLU("Qwen2MLP"), head=None),
     Arch("qwen3_5", head=Head()),

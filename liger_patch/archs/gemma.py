@@ -1,6 +1,6 @@
 """The Gemma family: norms whose weights are stored around zero, GeGLU, soft caps."""
 
-from .._spec import GLU, Arch, Head, Norm, Rope
+from .._spec import GLU, Head, Rope
 from ._like import like
 
 ARCHS = (
@@ -14,24 +14,15 @@ ARCHS = (
         head=Head(softcap="config.final_logit_softcapping"),
     ),
     like("gemma3_text", "Gemma3", cast="gemma", offset=1.0, mlp=GLU("Gemma3MLP", act="gelu_tanh")),
-    Arch(
-        "gemma4_text",
-        norm=Norm("Gemma4RMSNorm", cast="gemma"),
-        mlp=GLU("Gemma4TextMLP", act="gelu_tanh"),
-        rope=Rope(kind="one"),
-        head=Head(),
-    ),
-    Arch(
-        "gemma4_unified_text",
-        norm=Norm("Gemma4UnifiedRMSNorm", cast="gemma"),
-        mlp=GLU("Gemma4UnifiedTextMLP", act="gelu_tanh"),
-        rope=Rope(kind="one"),
-        head=Head(),
-    ),
-    Arch(
+    like("gemma4_text", "Gemma4", cast="gemma", mlp=GLU("Gemma4TextMLP", act="gelu_tanh"), rope=Rope(kind="one")),
+    like("gemma4_unified_text", "Gemma4Unified", cast="gemma", mlp=GLU("Gemma4UnifiedTextMLP", act="gelu_tanh"), rope=Rope(kind="one")),
+    like(
         "recurrent_gemma",
-        norm=Norm("RecurrentGemmaRMSNorm", offset=1.0, cast="gemma"),
+        "RecurrentGemma",
+        cast="gemma",
+        offset=1.0,
         mlp=GLU("RecurrentGemmaMlp", act="gelu_tanh"),
+        rope=None,
         head=Head(softcap="config.logits_soft_cap"),
     ),
     like(

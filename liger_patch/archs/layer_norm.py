@@ -1,7 +1,7 @@
 """Models with LayerNorm: the GPT-2 and BERT families and vision towers."""
 
 from .._spec import GLU, Arch, Head, Rope
-from ._like import LAYER_NORM
+from ._like import LAYER_NORM, OF_TOKENS
 
 ARCHS = (
     Arch("bart", norm=LAYER_NORM),
@@ -61,11 +61,11 @@ ARCHS = (
     Arch("phi4_multimodal_audio", norm=LAYER_NORM),
     Arch("phi4_multimodal_vision", norm=LAYER_NORM),
     Arch("plbart", norm=LAYER_NORM),
-    Arch("qwen2_vl_vision", norm=LAYER_NORM, rope=Rope("apply_rotary_pos_emb_vision", kind="of_tokens")),
-    Arch("qwen3_5_moe_vision", norm=LAYER_NORM, rope=Rope("apply_rotary_pos_emb_vision", kind="of_tokens")),
-    Arch("qwen3_5_vision", norm=LAYER_NORM, rope=Rope("apply_rotary_pos_emb_vision", kind="of_tokens")),
-    Arch("qwen3_vl_moe_vision", norm=LAYER_NORM, rope=Rope("apply_rotary_pos_emb_vision", kind="of_tokens")),
-    Arch("qwen3_vl_vision", norm=LAYER_NORM, rope=Rope("apply_rotary_pos_emb_vision", kind="of_tokens")),
+    Arch("qwen2_vl_vision", norm=LAYER_NORM, rope=OF_TOKENS),
+    Arch("qwen3_5_moe_vision", norm=LAYER_NORM, rope=OF_TOKENS),
+    Arch("qwen3_5_vision", norm=LAYER_NORM, rope=OF_TOKENS),
+    Arch("qwen3_vl_moe_vision", norm=LAYER_NORM, rope=OF_TOKENS),
+    Arch("qwen3_vl_vision", norm=LAYER_NORM, rope=OF_TOKENS),
     Arch("rembert", norm=LAYER_NORM),
     Arch("roberta", norm=LAYER_NORM),
     Arch("roberta-prelayernorm", norm=LAYER_NORM),
