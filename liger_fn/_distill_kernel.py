@@ -98,7 +98,7 @@ def _parts_of(
 
 
 @jit
-def _rows_kernel(
+def _distill_rows_kernel(
     a_ptr, t_ptr, target_ptr, index_ptr, stats_ptr, loss_ptr, scale_ptr, divisor_ptr,
     target_stride, scale_stride, V, ignore_index, beta, more, other, less, cool, rest,
     KIND: tl.constexpr, STEP: tl.constexpr, GRAD: tl.constexpr, COOL: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr,
@@ -230,9 +230,9 @@ def _plan(
     most, each = (4096, 256) if name == "jsd" else (8192, 512)
     block = min(next_power_of_2(v), most)
     return Plan(
-        _rows_kernel, (n,), target_stride, scale_stride, v, ignore_index, *split(beta), *split(1.0 - beta), *split(1.0 / temperature),
-        KIND=DIVERGENCES.index(name), STEP=STEPS.index(step), GRAD=grad, COOL=temperature != 1.0, EXACT=size == 4, BLOCK=block,
-        WIDTH=min(block, 16 // size), num_warps=warps(block, each, least=4),
+        _distill_rows_kernel, (n,), target_stride, scale_stride, v, ignore_index, *split(beta), *split(1.0 - beta),
+        *split(1.0 / temperature), KIND=DIVERGENCES.index(name), STEP=STEPS.index(step), GRAD=grad, COOL=temperature != 1.0,
+        EXACT=size == 4, BLOCK=block, WIDTH=min(block, 16 // size), num_warps=warps(block, each, least=4),
     )  # fmt: skip
 
 

@@ -134,7 +134,7 @@ def _activation(a, ACT: tl.constexpr):
 
 
 @jit
-def _fwd_kernel(
+def _glu_fwd_kernel(
     gate_ptr, up_ptr, y_ptr, gate_stride, up_stride, y_stride, blocks, H, gate_by, up_by,
     ACT: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -151,7 +151,7 @@ def _fwd_kernel(
 
 
 @jit
-def _bwd_kernel(
+def _glu_bwd_kernel(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, y_ptr, dy_stride, gate_stride, up_stride, dgate_stride, dup_stride, y_stride,
     blocks, H, gate_by, up_by, ACT: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -195,7 +195,7 @@ def _plan(cut: Cut, how: How, packed: bool, backward: bool) -> Plan:
     (act, *by), columns = how, min(BLOCK, next_power_of_2(h))
     blocks = cdiv(h, columns)
     return Plan(
-        _bwd_kernel if backward else _fwd_kernel, (n * blocks,), *strides, blocks, h, *by,
+        _glu_bwd_kernel if backward else _glu_fwd_kernel, (n * blocks,), *strides, blocks, h, *by,
         ACT=_CODES[act], PACKED=packed, BLOCK=columns, num_warps=warps(columns, PER_WARP),
     )  # fmt: skip
 

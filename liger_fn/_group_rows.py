@@ -107,7 +107,7 @@ def _moments(x_ptr, start, end, BLOCK: tl.constexpr):
 
 
 @jit
-def _wide_fwd_kernel(
+def _group_norm_wide_fwd_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr, m_ptr, r_ptr, G, D, S, eps, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, SPATIAL: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -130,7 +130,7 @@ def _wide_fwd_kernel(
 
 
 @jit
-def _moments_kernel(x_ptr, p_ptr, L, length, BLOCK: tl.constexpr):
+def _group_norm_moments_kernel(x_ptr, p_ptr, L, length, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     part, parts = tl.program_id(1), tl.num_programs(1)
     start = part * length
@@ -142,7 +142,7 @@ def _moments_kernel(x_ptr, p_ptr, L, length, BLOCK: tl.constexpr):
 
 
 @jit
-def _merge_moments_kernel(p_ptr, m_ptr, r_ptr, L, length, parts, eps, PARTS: tl.constexpr):
+def _group_norm_merge_moments_kernel(p_ptr, m_ptr, r_ptr, L, length, parts, eps, PARTS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)
     keep = part < parts
@@ -158,7 +158,7 @@ def _merge_moments_kernel(p_ptr, m_ptr, r_ptr, L, length, parts, eps, PARTS: tl.
 
 
 @jit
-def _apply_kernel(
+def _group_norm_apply_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr, m_ptr, r_ptr, N, C, D, S, CHANNELS: tl.constexpr, SPATIAL: tl.constexpr
 ):  # fmt: skip
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -178,7 +178,7 @@ def _apply_kernel(
 
 
 @jit
-def _wide_bwd_kernel(
+def _group_norm_wide_bwd_kernel(
     dy_ptr, x_ptr, w_ptr, m_ptr, r_ptr, dx_ptr, dw_ptr, db_ptr, G, D, S, CHANNELS: tl.constexpr, SPATIAL: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -227,7 +227,7 @@ def _wide_bwd_kernel(
 
 
 @jit
-def _sums_kernel(
+def _group_norm_sums_kernel(
     dy_ptr, x_ptr, m_ptr, r_ptr, dw_ptr, db_ptr, N, D, S, length, CHANNELS: tl.constexpr, SPATIAL: tl.constexpr, FP64: tl.constexpr
 ):  # fmt: skip
     WIDE: tl.constexpr = tl.float64 if FP64 else tl.float32  # of a long sum, the last steps round most
@@ -260,7 +260,7 @@ def _sums_kernel(
 
 
 @jit
-def _merge_sums_kernel(a_ptr, b_ptr, w_ptr, c_ptr, N, G, D, L, parts, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
+def _group_norm_merge_sums_kernel(a_ptr, b_ptr, w_ptr, c_ptr, N, G, D, L, parts, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     first = (row % G).to(tl.int32) * D
     c1 = tl.zeros((PARTS, CHANNELS), tl.float32)
@@ -284,7 +284,7 @@ def _merge_sums_kernel(a_ptr, b_ptr, w_ptr, c_ptr, N, G, D, L, parts, PARTS: tl.
 
 
 @jit
-def _dx_kernel(
+def _group_norm_dx_kernel(
     dy_ptr, x_ptr, w_ptr, m_ptr, r_ptr, c_ptr, dx_ptr, N, C, D, S, CHANNELS: tl.constexpr, SPATIAL: tl.constexpr
 ):  # fmt: skip
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -327,21 +327,21 @@ def large_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor, 
     if rows >= ENOUGH * processors(x.device):
         t = tile(d, s)
         launch(
-            _wide_fwd_kernel, (rows,), x.device,
+            _group_norm_wide_fwd_kernel, (rows,), x.device,
             x, weight, bias, y, mean, rstd, groups, d, s, eps, BLOCK=BLOCK, CHANNELS=t.channels, SPATIAL=t.spatial, num_warps=WARPS,
         )  # fmt: skip
         return
     length = cdiv(cdiv(size, PARTS), BLOCK) * BLOCK
     parts = cdiv(size, length)
     found = mean.new_empty(rows, 3, parts)
-    launch(_moments_kernel, (rows, parts), x.device, x, found, size, length, BLOCK=BLOCK, num_warps=WARPS)
+    launch(_group_norm_moments_kernel, (rows, parts), x.device, x, found, size, length, BLOCK=BLOCK, num_warps=WARPS)
     launch(
-        _merge_moments_kernel, (rows,), x.device,
+        _group_norm_merge_moments_kernel, (rows,), x.device,
         found, mean, rstd, size, length, parts, eps, PARTS=next_power_of_2(parts), num_warps=1,
     )  # fmt: skip
     t = tile(n * c, s)
     launch(
-        _apply_kernel, (cdiv(n * c, t.channels) * cdiv(s, t.spatial),), x.device,
+        _group_norm_apply_kernel, (cdiv(n * c, t.channels) * cdiv(s, t.spatial),), x.device,
         x, weight, bias, y, mean, rstd, n * c, c, d, s, CHANNELS=t.channels, SPATIAL=t.spatial, num_warps=t.warps,
     )  # fmt: skip
 
@@ -364,7 +364,7 @@ def large_bwd(
         t = tile(d, s)
         dws, dbs = (out if out is None else mean.new_empty(n, c) for out in (dw, db))
         launch(
-            _wide_bwd_kernel, (rows,), x.device,
+            _group_norm_wide_bwd_kernel, (rows,), x.device,
             dy, x, weight, mean, rstd, dx, dws, dbs, groups, d, s, CHANNELS=t.channels, SPATIAL=t.spatial, num_warps=t.warps,
         )  # fmt: skip
     else:
@@ -374,7 +374,7 @@ def large_bwd(
         dws, dbs = (mean.new_empty(parts * n, c) if dx is not None or out is not None else None for out in (dw, db))
         blocks = cdiv(n * c, t.channels)
         launch(
-            _sums_kernel, (blocks, parts), x.device,
+            _group_norm_sums_kernel, (blocks, parts), x.device,
             dy, x, mean, rstd, dws, dbs, n * c, d, s, length,
             CHANNELS=t.channels, SPATIAL=t.spatial, FP64=has_fp64(x.device), num_warps=t.warps,
         )  # fmt: skip
@@ -382,12 +382,12 @@ def large_bwd(
             shares = mean.new_empty(rows, 2)
             channels = min(next_power_of_2(d), MERGED)
             launch(
-                _merge_sums_kernel, (rows,), x.device,
+                _group_norm_merge_sums_kernel, (rows,), x.device,
                 dbs, dws, weight, shares, n * c, groups, d, d * s, parts,
                 PARTS=min(next_power_of_2(parts), MERGED // channels), CHANNELS=channels, num_warps=4,
             )  # fmt: skip
             launch(
-                _dx_kernel, (blocks * cdiv(s, t.spatial),), x.device,
+                _group_norm_dx_kernel, (blocks * cdiv(s, t.spatial),), x.device,
                 dy, x, weight, mean, rstd, shares, dx, n * c, c, d, s, CHANNELS=t.channels, SPATIAL=t.spatial, num_warps=t.warps,
             )  # fmt: skip
     sum_rows(dws, dw, dbs, db)

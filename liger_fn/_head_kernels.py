@@ -74,7 +74,7 @@ def _sums(acc, ceiling):
 
 
 @jit
-def _statistics_kernel(
+def _head_statistics_kernel(
     x_desc, w_desc, target_ptr, a_y_ptr, tops_ptr, sums_ptr, N, V, H, ceiling,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +103,7 @@ def _statistics_kernel(
 
 
 @jit
-def _merge_kernel(
+def _head_merge_kernel(
     tops_ptr, sums_ptr, a_y_ptr, target_ptr, stats_ptr, log_prob_ptr, N, V, parts, ignore_index, R: tl.constexpr, AT_ONCE: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0) * R + tl.arange(0, R)
@@ -146,7 +146,7 @@ def _factors(hot_ptr, warm_ptr, row, inside):
 
 
 @jit
-def _gradient_kernel(
+def _head_gradient_kernel(
     x_desc, w_desc, g_desc, stats_ptr, hot_ptr, warm_ptr, N, V, H, ceiling,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
@@ -171,7 +171,7 @@ def _gradient_kernel(
 
 
 @jit
-def _targets_kernel(g_ptr, target_ptr, log_prob_ptr, hot_ptr, warm_ptr, stride, first, V, N, R: tl.constexpr):
+def _head_targets_kernel(g_ptr, target_ptr, log_prob_ptr, hot_ptr, warm_ptr, stride, first, V, N, R: tl.constexpr):
     """The elements of g whose column is their row's target."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     inside = row < N
@@ -256,9 +256,9 @@ def statistics(
         some, rows = x[at], at.stop - at.start
         # Each by itself: of one tensor, whether 16 bytes divide where the second starts would be the rows' number's to say.
         tops, sums, a_y = stats.new_empty(parts, rows), stats.new_empty(parts, rows), stats.new_empty(rows)
-        _product(_statistics_kernel, tile, some, weight, None, ceiling, target[at], a_y, tops, sums)
+        _product(_head_statistics_kernel, tile, some, weight, None, ceiling, target[at], a_y, tops, sums)
         launch(
-            _merge_kernel, (cdiv(rows, 32),), x.device, tops, sums, a_y, target[at], stats[at], log_prob[at], rows, v,
+            _head_merge_kernel, (cdiv(rows, 32),), x.device, tops, sums, a_y, target[at], stats[at], log_prob[at], rows, v,
             parts, ignore_index, R=32, AT_ONCE=64, num_warps=8,
         )  # fmt: skip
 
@@ -282,5 +282,7 @@ def gradient(
             f"{list(out.stride())} of {out.dtype}; take it from rows_in(buffer, {out.shape[0]}, {out.shape[1]})"
         )
     n, s = out.shape
-    _product(_gradient_kernel, GRADIENT, x, weight, out, ceiling, stats, hot, warm)
-    launch(_targets_kernel, (cdiv(n, 128),), x.device, out, target, log_prob, hot, warm, out.stride(0), first, s, n, R=128, num_warps=4)
+    _product(_head_gradient_kernel, GRADIENT, x, weight, out, ceiling, stats, hot, warm)
+    launch(
+        _head_targets_kernel, (cdiv(n, 128),), x.device, out, target, log_prob, hot, warm, out.stride(0), first, s, n, R=128, num_warps=4
+    )

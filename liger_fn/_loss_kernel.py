@@ -69,7 +69,7 @@ def _gradient(
 
 
 @jit
-def _rows_kernel(
+def _loss_rows_kernel(
     logits_ptr, target_ptr, index_ptr, stats_ptr, loss_ptr, aux_ptr, grad_ptr, scale_ptr, divisor_ptr, bend_ptr, w_ptr, whole_ptr,
     stride, target_stride, grad_stride, scale_stride, V, N, ignore_index, smoothing, z, knee, ceiling, first, classes,
     SMOOTH: tl.constexpr, FORM: tl.constexpr, SLICE: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
@@ -269,7 +269,7 @@ def _plan(
     form = 2 if cap else 1 if inner * outer != 1.0 else 0
     knee, ceiling = (cap / inner, cap * outer) if cap else (0.0, inner * outer)
     return Plan(
-        _rows_kernel, (n * parts,), *strides[:4], v, strides[4], ignore_index, smoothing, z, knee, ceiling, first, classes,
+        _loss_rows_kernel, (n * parts,), *strides[:4], v, strides[4], ignore_index, smoothing, z, knee, ceiling, first, classes,
         SMOOTH=smoothing != 0.0, FORM=form, SLICE=slices, EXACT=size == 4 or aux, BLOCK=block, WIDTH=width, PARTS=parts,
         num_warps=warps(block, 512, least=4), **limit,
     )  # fmt: skip

@@ -74,7 +74,7 @@ _SUM, _ROWS, _ITEMS, _KNOWN = (tl.constexpr(i) for i in range(4))  # where a div
 
 
 @jit
-def _reduce_kernel(
+def _loss_reduce_kernel(
     loss_ptr, target_ptr, w_ptr, items_ptr, divisor_ptr, y_ptr, target_stride, L, V, ignore_index,
     FROM: tl.constexpr, FP64: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -113,7 +113,7 @@ def _reduce_kernel(
 
 @lru_cache(1024)
 def _plan(stride: int, n: int, v: int, ignore_index: int, made: int, fp64: bool) -> Plan:
-    return Plan(_reduce_kernel, (1,), stride, n, v, ignore_index, FROM=made, FP64=fp64, BLOCK=BLOCK, num_warps=BLOCK // 256)
+    return Plan(_loss_reduce_kernel, (1,), stride, n, v, ignore_index, FROM=made, FP64=fp64, BLOCK=BLOCK, num_warps=BLOCK // 256)
 
 
 def kernel_reduce(

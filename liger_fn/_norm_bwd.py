@@ -51,7 +51,7 @@ def _tile(h: int, size: int) -> Tile:
 
 
 @jit
-def _bwd_kernel(
+def _norm_bwd_kernel(
     dy_ptr, ds_ptr, x_ptr, add_ptr, w_ptr, m_ptr, r_ptr, dx_ptr, again_ptr, dw_ptr, db_ptr,
     dy_stride, ds_stride, stride, add_stride, N, H, offset,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, AGAIN: tl.constexpr
@@ -117,7 +117,7 @@ def _bwd_kernel(
 def _plan(n: int, h: int, size: int, device: torch.device, gradient: bool, offset: float, *strides: int) -> Plan:
     t = _tile(h, size)
     return Plan(
-        _bwd_kernel, (min(cdiv(n, t.rows), t.resident * processors(device)),), *strides, n, h, offset,
+        _norm_bwd_kernel, (min(cdiv(n, t.rows), t.resident * processors(device)),), *strides, n, h, offset,
         ROWS=t.rows, BLOCK=t.columns, STAGES=t.stages, AGAIN=t.columns > HELD and gradient, num_warps=t.warps,
     )  # fmt: skip
 

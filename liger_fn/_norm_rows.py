@@ -57,7 +57,7 @@ def _walk(h: int, *strides: int) -> tuple[int, int]:
 
 
 @jit
-def _wide_fwd_kernel(
+def _norm_wide_fwd_kernel(
     x_ptr, add_ptr, s_ptr, w_ptr, b_ptr, y_ptr, m_ptr, r_ptr, stride, add_stride, H, eps, offset, LLAMA: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -108,7 +108,7 @@ def _wide_fwd_kernel(
 
 
 @jit
-def _wide_bwd_kernel(
+def _norm_wide_bwd_kernel(
     dy_ptr, ds_ptr, x_ptr, w_ptr, m_ptr, r_ptr, c1_ptr, c2_ptr, dx_ptr, again_ptr, dy_stride, ds_stride, stride, H, offset,
     BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -156,7 +156,7 @@ def _wide_bwd_kernel(
 
 
 @jit
-def _wide_sums_kernel(
+def _norm_wide_sums_kernel(
     dy_ptr, ds_ptr, x_ptr, w_ptr, m_ptr, r_ptr, c1_ptr, c2_ptr, dx_ptr, again_ptr, dw_ptr, db_ptr,
     dy_stride, ds_stride, stride, N, H, offset, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
@@ -227,7 +227,7 @@ def wide_fwd(
     strides = x.stride(0), 0 if add is None else add.stride(0)
     columns, num_warps = _walk(h, *strides)
     launch(
-        _wide_fwd_kernel, (n,), x.device,
+        _norm_wide_fwd_kernel, (n,), x.device,
         x, add, s, weight, bias, y, mean, rstd, *strides, h, eps, offset,
         LLAMA=llama, BLOCK=columns, num_warps=num_warps,
     )  # fmt: skip
@@ -259,7 +259,7 @@ def wide_bwd(
             c1, c2 = None if mean is None else torch.empty_like(rstd), torch.empty_like(rstd)
         made = (None, None) if sums else (dx, again)
         launch(
-            _wide_bwd_kernel, (n,), x.device,
+            _norm_wide_bwd_kernel, (n,), x.device,
             dy, None if sums else ds, x, weight, mean, rstd, c1, c2, *made, *strides, h, offset,
             BLOCK=columns, num_warps=num_warps,
         )  # fmt: skip
@@ -268,7 +268,7 @@ def wide_bwd(
         parts = max(1, min(cdiv(n, ROWS), cdiv(PROGRAMS * processors(x.device), blocks)))
         dws, dbs = partial(dw, parts, rstd), partial(db, parts, rstd)
         launch(
-            _wide_sums_kernel, (blocks, parts), x.device,
+            _norm_wide_sums_kernel, (blocks, parts), x.device,
             dy, ds, x, weight, mean, rstd, c1, c2, dx, again, dws, dbs, *strides, n, h, offset,
             ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
         )  # fmt: skip

@@ -75,7 +75,7 @@ def _plain_bwd(res: Residuals, dy: tuple[Tensor, Tensor], needs: Needs, donate: 
 
 
 @jit
-def _fwd_kernel(
+def _add_rms_norm_fwd_kernel(
     x_ptr, res_ptr, w_ptr, y_ptr, s_ptr, r_ptr, x_stride, res_stride, N, H, eps, offset,
     LLAMA: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -104,7 +104,7 @@ def _fwd_kernel(
 def _plan(n: int, h: int, eps: float, offset: float, llama: bool, *strides: int) -> Plan:
     t = tile(h)
     return Plan(
-        _fwd_kernel, (cdiv(n, t.rows),), *strides, n, h, eps, offset,
+        _add_rms_norm_fwd_kernel, (cdiv(n, t.rows),), *strides, n, h, eps, offset,
         LLAMA=llama, ROWS=t.rows, BLOCK=t.columns, num_warps=t.warps,
     )  # fmt: skip
 

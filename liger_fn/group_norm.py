@@ -92,7 +92,7 @@ def _plain_bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[
 
 
 @jit
-def _fwd_kernel(
+def _group_norm_fwd_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr, m_ptr, r_ptr, N, G, D, S, eps, ROWS: tl.constexpr, CHANNELS: tl.constexpr, SPATIAL: tl.constexpr
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -117,7 +117,7 @@ def _fwd_kernel(
 
 
 @jit
-def _bwd_kernel(
+def _group_norm_bwd_kernel(
     dy_ptr, x_ptr, w_ptr, m_ptr, r_ptr, dx_ptr, dw_ptr, db_ptr, N, G, D, S,
     SAMPLES: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, SPATIAL: tl.constexpr,
 ):  # fmt: skip
@@ -192,7 +192,7 @@ def _tile(d: int, s: int) -> _Tile:
 def _fwd_plan(sh: Shape, eps: float) -> Plan:
     t, rows = _tile(sh.d, sh.s), sh.n * sh.groups
     return Plan(
-        _fwd_kernel, (cdiv(rows, t.rows),), rows, sh.groups, sh.d, sh.s, eps,
+        _group_norm_fwd_kernel, (cdiv(rows, t.rows),), rows, sh.groups, sh.d, sh.s, eps,
         ROWS=t.rows, CHANNELS=t.channels, SPATIAL=t.spatial, num_warps=t.warps,
     )  # fmt: skip
 
@@ -207,7 +207,7 @@ def _bwd_plan(sh: Shape, device: torch.device) -> tuple[Plan, int]:
     programs = t.resident * processors(device) * (1 if sh.s < 16 else 4)
     parts = min(cdiv(sh.n, samples), cdiv(programs, blocks))
     plan = Plan(
-        _bwd_kernel, (blocks, parts), sh.n, sh.groups, sh.d, sh.s,
+        _group_norm_bwd_kernel, (blocks, parts), sh.n, sh.groups, sh.d, sh.s,
         SAMPLES=samples, GROUPS=groups, CHANNELS=t.channels, SPATIAL=t.spatial, num_warps=t.warps,
     )  # fmt: skip
     return plan, parts * samples

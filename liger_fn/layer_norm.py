@@ -68,7 +68,7 @@ def _plain_bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[
 
 
 @jit
-def _fwd_kernel(x_ptr, w_ptr, b_ptr, y_ptr, m_ptr, r_ptr, stride, N, H, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _layer_norm_fwd_kernel(x_ptr, w_ptr, b_ptr, y_ptr, m_ptr, r_ptr, stride, N, H, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)[None, :]
     keep = (row < N)[:, None] & (col < H)
@@ -94,7 +94,7 @@ def _fwd_kernel(x_ptr, w_ptr, b_ptr, y_ptr, m_ptr, r_ptr, stride, N, H, eps, ROW
 @lru_cache(1024)
 def _plan(n: int, h: int, eps: float, stride: int) -> Plan:
     t = tile(h, 1024)  # more warps would wait for each other in three sums
-    return Plan(_fwd_kernel, (cdiv(n, t.rows),), stride, n, h, eps, ROWS=t.rows, BLOCK=t.columns, num_warps=t.warps)
+    return Plan(_layer_norm_fwd_kernel, (cdiv(n, t.rows),), stride, n, h, eps, ROWS=t.rows, BLOCK=t.columns, num_warps=t.warps)
 
 
 def _outputs(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:

@@ -75,7 +75,9 @@ def _plain_bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[
 
 
 @jit
-def _fwd_kernel(x_ptr, w_ptr, y_ptr, r_ptr, stride, N, H, eps, offset, LLAMA: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm_fwd_kernel(
+    x_ptr, w_ptr, y_ptr, r_ptr, stride, N, H, eps, offset, LLAMA: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)[None, :]
     keep = (row < N)[:, None] & (col < H)
@@ -98,7 +100,7 @@ def _fwd_kernel(x_ptr, w_ptr, y_ptr, r_ptr, stride, N, H, eps, offset, LLAMA: tl
 def _plan(n: int, h: int, eps: float, offset: float, llama: bool, stride: int) -> Plan:
     t = tile(h)
     return Plan(
-        _fwd_kernel, (cdiv(n, t.rows),), stride, n, h, eps, offset,
+        _rms_norm_fwd_kernel, (cdiv(n, t.rows),), stride, n, h, eps, offset,
         LLAMA=llama, ROWS=t.rows, BLOCK=t.columns, num_warps=t.warps,
     )  # fmt: skip
 

@@ -63,7 +63,7 @@ def _plain_bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool) -> tuple[
 
 
 @jit
-def _fwd_kernel(x_ptr, y_ptr, s_ptr, stride, N, H, ROWS: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr):
+def _softmax_fwd_kernel(x_ptr, y_ptr, s_ptr, stride, N, H, ROWS: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)[None, :]
     keep = (row < N)[:, None] & (col < H)
@@ -78,7 +78,9 @@ def _fwd_kernel(x_ptr, y_ptr, s_ptr, stride, N, H, ROWS: tl.constexpr, EXACT: tl
 
 
 @jit
-def _bwd_kernel(dy_ptr, x_ptr, s_ptr, dx_ptr, dy_stride, stride, N, H, ROWS: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr):
+def _softmax_bwd_kernel(
+    dy_ptr, x_ptr, s_ptr, dx_ptr, dy_stride, stride, N, H, ROWS: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)[None, :]
     keep = (row < N)[:, None] & (col < H)
@@ -94,7 +96,7 @@ def _bwd_kernel(dy_ptr, x_ptr, s_ptr, dx_ptr, dy_stride, stride, N, H, ROWS: tl.
 
 
 @jit
-def _wide_fwd_kernel(x_ptr, y_ptr, s_ptr, stride, H, EXACT: tl.constexpr, BLOCK: tl.constexpr):
+def _softmax_wide_fwd_kernel(x_ptr, y_ptr, s_ptr, stride, H, EXACT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     top = float("-inf")
@@ -114,7 +116,7 @@ def _wide_fwd_kernel(x_ptr, y_ptr, s_ptr, stride, H, EXACT: tl.constexpr, BLOCK:
 
 
 @jit
-def _wide_bwd_kernel(dy_ptr, x_ptr, s_ptr, dx_ptr, dy_stride, stride, H, EXACT: tl.constexpr, BLOCK: tl.constexpr):
+def _softmax_wide_bwd_kernel(dy_ptr, x_ptr, s_ptr, dx_ptr, dy_stride, stride, H, EXACT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     top = tl.load(s_ptr + 2 * row)
@@ -144,8 +146,8 @@ def _plan(n: int, h: int, exact: bool, backward: bool, *strides: int) -> Plan:
     rows = max(1, 2048 // columns)
     meta = {"EXACT": exact, "BLOCK": columns, "num_warps": warps(rows * columns, PER_WARP)}
     if h > RESIDENT:
-        return Plan(_wide_bwd_kernel if backward else _wide_fwd_kernel, (n,), *strides, h, **meta)
-    return Plan(_bwd_kernel if backward else _fwd_kernel, (cdiv(n, rows),), *strides, n, h, ROWS=rows, **meta)
+        return Plan(_softmax_wide_bwd_kernel if backward else _softmax_wide_fwd_kernel, (n,), *strides, h, **meta)
+    return Plan(_softmax_bwd_kernel if backward else _softmax_fwd_kernel, (cdiv(n, rows),), *strides, n, h, ROWS=rows, **meta)
 
 
 def _outputs(x: Tensor, needs: Needs) -> tuple[Tensor, Tensor]:
