@@ -33,6 +33,7 @@ Turn = Callable[[Tensor, Chunk, Part | None, bool], None]
 LIFT = 1024.0  # float16 keeps small probabilities as subnormals, or not at all
 RUN = 512  # terms an fp32 product of a chunk sums one after another
 ROWS, LEAST_BYTES = 1024, 128 * 2**20  # of logits at a time, see `default_budget`
+MOST_BYTES = 512 * 2**20  # of them where each chunk reads and writes all of dw
 FEW = 16  # chunks whose shares of dw may each be rounded: with more, their error would pass that of 16-bit logits and a rounding
 DX_SUM = 512 * 2**20  # bytes of fp32 that a sum of dx over classes may take
 EXACT = 512 * 2**20  # and with the logits, where those do not fall under a quarter of their budget
@@ -276,16 +277,20 @@ def default_budget(weight: Tensor) -> int:
     return max(ROWS * weight.shape[0] * weight.element_size(), LEAST_BYTES)
 
 
-def settle(head: Head, keep: Kept, accumulate: str, memory_budget: int) -> tuple[str, int]:
-    """How the weight's gradient is summed, "weight", "fp32" or "exact", and the rows of a chunk."""
+def settle(head: Head, keep: Kept, accumulate: str, memory_budget: int, wanted: bool = True) -> tuple[str, int]:
+    """How the weight's gradient, if it is `wanted`, is summed, "weight", "fp32" or "exact", and the rows of a chunk."""
     weight, some = head.weight, memory_budget or default_budget(head.weight)
     rows = fit(head, keep, some)
     if keep.count <= rows or weight.dtype in (torch.float32, torch.float64):
         return "weight" if accumulate == "auto" or keep.count <= rows else accumulate, rows
     if accumulate == "auto":
-        few = len(cut(keep.count, rows)) <= FEW
+        larger = rows
+        if wanted and not memory_budget:
+            larger = fit(head, keep, max(some, min(2 * ROWS * weight.shape[0] * weight.element_size(), MOST_BYTES)))
+        if len(cut(keep.count, larger)) <= FEW:
+            return "weight", larger
         small = not memory_budget and keep.count >= 4 * weight.shape[1]  # the buffer of "fp32" takes half of what the logits would
-        accumulate = "weight" if few else "fp32" if small or 4 * weight.numel() <= some else "exact"
+        accumulate = "fp32" if small or 4 * weight.numel() <= some else "exact"
     if accumulate == "fp32" and not memory_budget:
         # The rounded gradient will take this much, once the logits are gone.
         rows = fit(head, keep, max(some, weight.numel() * weight.element_size()))
@@ -318,7 +323,7 @@ def walk(
     keep = kept(target, ignore_index, fit(head, None, some))
     if keep.index is not None:
         blank(found, target == ignore_index)
-    how, rows = settle(head, keep, accumulate, memory_budget)
+    how, rows = settle(head, keep, accumulate, memory_budget, needs[1])
     exact = how == "exact" and needs[1]
     whole = exact and 4 * keep.count * weight.shape[1] <= DX_SUM  # dx as a sum over classes saves two passes over the logits
     direct = fused is not None and not any(needs)

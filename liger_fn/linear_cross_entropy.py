@@ -293,7 +293,8 @@ def linear_cross_entropy(
             the logits in 16 bits or less (with a `memory_budget`, where it fits that), and "exact" for fewer. In float32 all are sums in
             float32; in float16 what forward makes is fp32.
         memory_budget: bytes of logits that may exist at a time (at least one row's). None: of 1024 rows, or 128 MiB where that is more;
-            for "fp32", as much as the weight's gradient itself where that is more. Less is slower once a chunk has few hundred rows.
+            of 2048 rows in 512 MiB where "auto" takes "weight", whose every chunk reads and writes the weight's gradient; for "fp32", as
+            much as that gradient itself where that is more. Less is slower once a chunk has few hundred rows.
 
     Under autocast, x, weight and bias take part in the dtype that a matrix product would take.
 
