@@ -8,6 +8,8 @@ VENV ?= .venv
 TRITON ?= triton==3.9.0
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+TRAIN_ARGS ?=
+CONVERGENCE_ARGS ?=
 DEMO_ARGS ?=
 
 ifeq ($(strip $(VENV)),)
@@ -20,7 +22,7 @@ endif
 HAS_GPU := $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-report clean
+.PHONY: help demo test check bench bench-train bench-report convergence clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z-]*\): .*## /make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -42,8 +44,15 @@ check: $(READY) ## lint, format and types, nothing changed
 bench: $(READY) ## time the functions against their peers on a GPU, into tests/bench/results; without one, only try the harness
 	@$(PY) -m pytest tests/bench $(BENCH_ARGS)
 
+bench-train: $(READY) ## time whole training steps against stock, torch.compile and liger-kernel on a GPU; without one, only try the harness
+	@$(PY) -m tests.bench.training $(TRAIN_ARGS)
+
 bench-report: $(READY) ## make docs/benchmarks.md and its figures from all of tests/bench/results
 	@$(PY) -m tests.bench.report
+
+convergence: $(READY) ## train a model of each family on real text, stock and patched, on a GPU; then make docs/convergence.md
+	@$(PY) -m tests.convergence $(CONVERGENCE_ARGS)
+	@$(PY) -m tests.convergence report
 
 clean: ## remove the environment, caches and what the demo wrote
 	@if [ -n "$(VENV)" ] && [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi

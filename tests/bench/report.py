@@ -15,6 +15,7 @@ from .measure import SMALL
 from .peers import MINE, OURS, PROVIDERS
 from .results import GREEN, Result, Row
 from .table import HEAD_BOTH, HEAD_ERRORS, HEAD_MODES, HEAD_SWEEP, HOST, MODES, SWEEP, SWEEPS
+from .training import report as training
 
 DOCS = results.ROOT / "docs"
 
@@ -288,13 +289,17 @@ def page(found: dict[str, Result]) -> str:
 def write(folder: Path = results.FOLDER, docs: Path = DOCS) -> list[Path]:
     """Read every result in `folder`; write the page and its figures under `docs`. Nothing is written where there is no result."""
     found = {path.stem: results.load(path) for path in sorted(folder.glob("*.json"))}
-    if not found:
+    steps = training.read(folder / training.FOLDER.name)
+    if not found and not steps:
         return []
     from . import figures  # only here: matplotlib is not needed to read a result
 
     (docs / "figures").mkdir(parents=True, exist_ok=True)
     written = [docs / "benchmarks.md"]
-    written[0].write_text(page(found))
+    written[0].write_text("\n".join(filter(None, (page(found) if found else "", training.page(steps)))))
+    for stem, run in steps.items():
+        written.append(docs / "figures" / f"training-{stem}.png")
+        training.draw(stem, run, written[-1])
     for stem, result in found.items():
         for which, rows in drawn(result).items():
             path = docs / "figures" / f"bench-{stem}-{which}.png"

@@ -1,0 +1,78 @@
+"""The steps of a run, with the machine and versions beside them, and the JSON that is committed."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import results
+from .step import Step
+
+FOLDER = results.FOLDER / "training"
+LEAST_MS = 0.005  # a kernel below is no share of a step
+
+
+@dataclass(frozen=True)
+class Steps:
+    """One run, or several on the same machine, day and sources."""
+
+    machine: dict[str, str]
+    rows: list[Step] = field(default_factory=list)
+
+    def with_row(self, row: Step) -> Steps:
+        """With one more; what was measured again replaces what was there."""
+        return Steps(self.machine, [r for r in self.rows if r.key != row.key] + [row])
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What the figures depend on, the patches' code included."""
+    code = hashlib.sha256()
+    here = Path(__file__).parent
+    for path in sorted((*results.ROOT.glob("liger_fn/*.py"), *results.ROOT.glob("liger_patch/**/*.py"), *here.glob("*.py"))):
+        code.update(path.read_bytes())
+    found = results.machine(device) | {"transformers": importlib.metadata.version("transformers"), "sources": code.hexdigest()[:12]}
+    found.pop("cut-cross-entropy", None)
+    return found
+
+
+def save(steps: Steps, folder: Path) -> Path:
+    """Write `<gpu>-<torch>-<date>.json`. A file of the same machine, day and sources is added to; of others, it is left as it is."""
+    m = steps.machine
+    stem = re.sub(r"[^a-z0-9.]+", "-", f"{m['device']}-{m['torch'].split('+')[0]}-{m['date']}".lower())
+    for n in count(1):
+        path = folder / (f"{stem}.json" if n == 1 else f"{stem}-{n}.json")
+        if not path.exists():
+            break
+        before = load(path)
+        if before.machine == m:
+            for row in steps.rows:
+                before = before.with_row(row)
+            steps = before
+            break
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = ",\n  ".join(json.dumps(_written(r)) for r in steps.rows)
+    path.write_text(f'{json.dumps({"machine": m}, indent=1)[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n')
+    return path
+
+
+def _written(row: Step) -> dict[str, Any]:
+    """A thousandth of a millisecond is finer than any clock here; a kernel's whole name says nothing more than its beginning."""
+    kernels: dict[str, float] = {}
+    for name, ms in row.kernels_ms.items():
+        kernels[name[:90]] = kernels.get(name[:90], 0.0) + ms
+    raw = asdict(row) | {"kernels_ms": {k: round(v, 3) for k, v in kernels.items() if v >= LEAST_MS}}
+    return {k: round(v, 3) if isinstance(v, float) else v for k, v in raw.items()}
+
+
+def load(path: Path) -> Steps:
+    """What `save` wrote."""
+    raw = json.loads(path.read_text())
+    return Steps(raw["machine"], [Step(**row | {"losses": tuple(row["losses"])}) for row in raw["rows"]])
