@@ -31,6 +31,9 @@ be the original's, and undone bit for bit.
 A model of several parts is described by the entries of all of them: a vision-language model has its own row for the output layer, one for
 its language model and one for its tower. "stock" in the last column: a mixture's experts run as they are.
 
+No column shows `causal_mask`, which no entry names: every model whose masks are made by transformers' own functions is spared them in
+training, where neither positions nor a mask are given and attention runs by `sdpa`.
+
 """
 
 

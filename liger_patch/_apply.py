@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -45,7 +46,7 @@ def auto(model: nn.Module, *, strict: bool = True, verify: bool = True, **which:
         strict: make it an error if something that the registry entry promises is not there or cannot be proved. If False, that part is left
             as it was and the report says why.
         verify: prove every swap before it is made.
-        **which: operations to leave out (`rope=False`) or in: rms_norm, swiglu, rope, linear_cross_entropy, cross_entropy.
+        **which: operations to leave out (`rope=False`) or in: those that the report names.
 
     Returns:
         What was done, place by place. `print` it.
@@ -158,7 +159,8 @@ def refusal(who: str, root: PreTrainedModel, failures: list[Find]) -> str:
         lines.append(f"  {op}: {was} at {paths[0]}{more}: {why}")
     off = ", ".join(f"{op}=False" for op in dict.fromkeys(f.row.op for f in failures))
     return (
-        f"{who}: {type(root).__name__} is not what the entry for {root.config.model_type!r} describes, and nothing was changed.\n"
+        f"{who}: {type(root).__name__} of transformers {transformers.__version__} is not what the entry for {root.config.model_type!r} "
+        "describes, and nothing was changed.\n"
         + "\n".join(lines)
         + f"\nLeave it stock with {off} or strict=False, or describe the model as it is with liger_patch.register(..., replace=True)."
     )

@@ -20,7 +20,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from . import _proof
 from ._errors import PatchError
-from ._head import CausalLMForward, CausalLMLoss, HeadForward, has_backward_hooks
+from ._head import CausalLMForward, CausalLMLoss, HeadForward, has_backward_hooks, is_sharded, multiplies_itself
+from ._mask import MaskForward, names_read
 from ._modules import PACKED, SEPARATE, GLUForward, NormForward, act_of, is_hooked
 from ._registry import known
 from ._report import ALREADY, FAILED, LEFT, PLANNED, Row
@@ -97,6 +98,7 @@ def find(root: PreTrainedModel, arch: Arch, asked: Mapping[str, bool]) -> list[F
             finds += _modules(places, root, mlp.op, mlp.class_name, asked, partial(_glu, spec=mlp))
         if part.ropes:
             finds += _rope(places, root, part.ropes, asked)
+        finds += _masks(places, root, arch, asked)
         named = [(path, type(module).__name__) for path, module in places if type(module).__name__ == part.experts]
         finds += [Find(Row(path, "experts", name, name, LEFT, "there is no function for experts yet")) for path, name in named]
     if arch.head is not None:
@@ -147,7 +149,7 @@ def is_of(module: nn.Module, name: str) -> bool:
 def _forward(row: Row, module: nn.Module, root: nn.Module, asked: Mapping[str, bool], make: Callable[[nn.Module], Any]) -> Find:
     present = installed(module, "forward")
     if isinstance(present, Forward) and present.kind == kind_of(row.op):
-        row = replace(row, op=present.op, now=f"liger_fn.{present.op}")
+        row = replace(row, op=present.op, now=present.now)
         return Find(replace(row, status=ALREADY), (), *_proof_of(present, root))
     if not is_stock(module):
         if not asked[row.op]:
@@ -155,7 +157,7 @@ def _forward(row: Row, module: nn.Module, root: nn.Module, asked: Mapping[str, b
         return Find(row).failed(f"its forward was replaced on this instance by {_title(module.__dict__['forward'])}")
     swap = make(module)
     if isinstance(swap, Swap):
-        row = replace(row, op=swap.op, now=f"liger_fn.{swap.op}")
+        row = replace(row, op=swap.op, now=swap.now)
     if not asked[row.op]:
         return Find(replace(row, now=row.was, status=LEFT, why=f"{row.op}=False"))
     if isinstance(swap, Left):
@@ -231,6 +233,33 @@ def _turning(module: nn.Module, specs: tuple[Rope, ...]) -> RopeForward | str:
         return str(error)
 
 
+# --- the causal mask --------------------------------------------------------------------------------------------------------------------
+
+
+def _masks(places: Places, root: PreTrainedModel, arch: Arch, asked: Mapping[str, bool]) -> Iterator[Find]:
+    """No entry names these: models make their masks by transformers' own functions, all alike."""
+    headed = arch.head is not None and hasattr(root, arch.head.name)  # whose forward is to remember labels
+    for path, module in places:
+        names = names_read(module) if isinstance(module, PreTrainedModel) and not (headed and module is root) else ()
+        if not names:
+            continue
+        row = Row(path, "causal_mask", " and ".join(names), MaskForward.now, PLANNED)
+        implementation = getattr(module.config, "_attn_implementation", None)
+        if not is_stock(module) and not isinstance(installed(module, "forward"), MaskForward):
+            yield Find(replace(row, now=row.was, status=LEFT, why="its forward was replaced on this instance"))
+        elif implementation != "sdpa":
+            yield Find(replace(row, now=row.was, status=LEFT, why=f"attention is {implementation}, not sdpa, and wants the mask"))
+        else:
+            yield _forward(row, module, root, asked, partial(_masking, names=names))
+
+
+def _masking(module: nn.Module, names: tuple[str, ...]) -> MaskForward | Left:
+    try:
+        return MaskForward(module, names)
+    except ValueError as error:
+        return Left(error)  # of help only to speed
+
+
 # --- the head ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +313,8 @@ def _not_a_plain_linear(root: PreTrainedModel, layer: nn.Module) -> str:
     """Why the output layer's logits are not `x @ weight.T + bias` of one whole weight, or are wanted; empty if there is no reason."""
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
         return f"the output layer is a {_title(layer)}, whose logits are not those of its weight alone"
+    if multiplies_itself(layer.weight) and not is_sharded(layer.weight):
+        return f"the output layer's weight is a {_title(layer.weight)}, which no function of liger_fn reads"
     if not is_stock(layer):
         return f"the output layer's forward was replaced on this instance by {_title(layer.__dict__['forward'])}"
     if has_backward_hooks(layer):
@@ -308,6 +339,8 @@ def _proof_of(swap: Swap, root: nn.Module) -> tuple[Callable[[], None], Hashable
     if isinstance(swap, GLUForward):
         numbers = tuple(getattr(module, name) for name in (swap.spec.gate_multiplier, swap.spec.down_multiplier) if name)
         return lambda: _proof.prove_glu(swap, at), (swap.op, *like, swap.spec, type(swap.act_fn), numbers)
+    if isinstance(swap, MaskForward):
+        return lambda: _proof.prove_mask(swap), (swap.op, *like, swap.names)
     assert isinstance(swap, RopeForward)
     return lambda: _proof.prove_rope(swap, at), (swap.op, *like, swap.specs)
 

@@ -16,6 +16,7 @@ from math import inf
 from operator import attrgetter
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import is_available
@@ -80,7 +81,7 @@ class Request:
 class CausalLMForward(Forward):
     """The forward of a causal LM: its own, with the labels remembered for its output layer."""
 
-    __slots__ = ("head", "labels_at", "spec")
+    __slots__ = ("head", "labels_at", "spec", "traceable")
 
     op = kind = "linear_cross_entropy"
 
@@ -88,6 +89,9 @@ class CausalLMForward(Forward):
         super().__init__(module)
         self.head, self.spec = head, spec
         self.labels_at = list(inspect.signature(self.__self__.forward).parameters).index("labels")
+        # torch's compiler makes a node of F.tanh whatever it is called with, where other functions ask their arguments (torch.tanh does).
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        self.traceable = code is None or not {"functional", "tanh"} <= {*code.co_names}
 
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         self.head.requests.append(self._request(module, args, kwargs))
@@ -98,7 +102,7 @@ class CausalLMForward(Forward):
 
     def _request(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Request | None:
         labels = args[self.labels_at] if len(args) > self.labels_at else kwargs.get("labels")
-        if labels is None or not module.training:
+        if labels is None or not module.training or (torch.compiler.is_compiling() and not self.traceable):
             return None
         # Since the patch, an adapter may have taken the output layer's place, or the user given the model another loss: both need logits.
         if getattr(module, self.spec.name) is not self.head.module or not isinstance(module.loss_function, CausalLMLoss):
@@ -147,7 +151,7 @@ class HeadForward(Forward):
         request = self.requests[-1] if self.requests else None
         weight, bias = module.weight, module.bias
         # Backward hooks of this module want the gradient of logits, so there must be logits.
-        if request is None or isinstance(weight, _Sharded) or has_backward_hooks(module):
+        if request is None or multiplies_itself(weight) or has_backward_hooks(module):
             return self.stock(module, hidden_states)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         target = request.targets(x.shape[0]).to(x.device)
@@ -210,6 +214,16 @@ class CausalLMLoss(Swap):
         target = request.targets(logits.shape[0]).to(logits.device)
         loss = liger_fn.cross_entropy(logits, target, ignore_index=ignore_index, reduction=request.reduction)
         return loss if num_items_in_batch is None else request.normalize(loss)
+
+
+def multiplies_itself(weight: Tensor) -> bool:
+    """Whether a weight is no plain matrix, but knows itself how to be multiplied by: a quantised one, or one that is split over devices."""
+    return hasattr(type(weight), "__tensor_flatten__")
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether a weight is split over devices. Outside of a call it may be so, and whole in it."""
+    return isinstance(weight, _Sharded)
 
 
 def has_backward_hooks(module: nn.Module) -> bool:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from ._carrier import FusedLogits
 from ._head import CausalLMForward, CausalLMLoss, HeadForward
+from ._mask import MASKS, MaskForward
 from ._modules import GLUForward, NormForward
 from ._rope import KINDS, RopeForward, of_tokens
 from ._spec import Head, Rope
@@ -200,6 +201,22 @@ def prove_glu(swap: GLUForward, at: Place) -> None:
     compare(run(type(module).forward), run(swap.run), dtype, device)
 
 
+def prove_mask(swap: MaskForward) -> None:
+    """Asked where it may read positions, of a batch that packs nothing, the original too makes no mask."""
+    states, at = torch.zeros(2, 2, 1, device="cpu"), torch.arange(2)
+    call = {"config": swap.module.config, "attention_mask": None, "past_key_values": None, "position_ids": at.unsqueeze(0)}
+    call |= {"inputs_embeds": states, "input_embeds": states, "cache_position": at}
+    for name in swap.names:
+        original = inspect.unwrap(type(swap.module).forward).__globals__[name]
+        given = {key: value for key, value in call.items() if key in inspect.signature(original).parameters}
+        if not MASKS[name][1](given):
+            continue
+        with quiet(states.device):
+            mask = original(**given)
+        if mask is not None:
+            raise Disagreement(f"{name} makes a mask of a plain batch, {list(mask.shape)}")
+
+
 def prove_rope(swap: RopeForward, at: Place) -> None:
     for spec in swap.specs:
         _prove_turn(swap.module, spec, at)
@@ -338,7 +355,7 @@ def _run(who: str, run: Run, dtype: torch.dtype) -> Mapping[str, Tensor]:
     except Disagreement:
         raise
     except Exception as error:
-        kind = DoesNotRun if who == "the original" else Disagreement
+        kind = DoesNotRun if who.startswith("the original") else Disagreement
         raise kind(f"{who} does not run on a small input: {type(error).__name__}: {error}") from error
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 OPS = (
-    *("rms_norm", "layer_norm", "swiglu", "geglu", "reglu", "relu_squared", "rope", "experts"),
+    *("rms_norm", "layer_norm", "swiglu", "geglu", "reglu", "relu_squared", "rope", "causal_mask", "experts"),
     *("linear_cross_entropy", "cross_entropy"),
 )
 """The operations that can be switched on and off by name, in the order in which a report lists them."""

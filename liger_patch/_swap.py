@@ -51,6 +51,11 @@ class Swap:
             del self.module.__dict__[slot]
 
     @property
+    def now(self) -> str:
+        """What runs in its place, as a report has it."""
+        return f"liger_fn.{self.op}"
+
+    @property
     def wrapped(self) -> bool:
         """Whether something of someone else's now stands where this swap was put."""
         return installed(self.module, self.slot_name) is not self
