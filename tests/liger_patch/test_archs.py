@@ -19,7 +19,15 @@ from tests.liger_patch.tiny import VOCAB, build
 STEPS = 20
 TYPES = tuple(liger_patch.supported())
 UNABLE = ("blt", "blt_local_decoder", "blt_patcher", "git")  # by tokens alone, as the original
-COMPILED = ("llama", "gemma2", "qwen3", "cohere", "glm4", "phi3", "gpt_neox", "olmo2", "granite", "nemotron", "nanochat", "deepseek_v2")
+# One of each kind, of those that the compiler takes as they are; all are compiled on a GPU.
+COMPILED = (
+    *("llama", "gemma2", "qwen3", "cohere", "glm4", "phi3", "gpt_neox", "olmo2", "granite", "nemotron", "nanochat", "deepseek_v2"),
+    *("qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text", "granitemoe"),  # mixtures, and other rotations
+    *("recurrent_gemma", "falcon_h1", "mamba2", "lfm2"),  # states and convolutions
+    *("gptj", "bloom", "falcon", "opt", "mpt", "persimmon", "stablelm", "olmo", "hyperclovax"),  # older decoders, and other heads
+    *("modernbert", "xlm-roberta", "bart", "whisper"),  # encoders, and decoders of them
+    *("gemma3", "gemma4_text", "llava", "qwen2_5_vl"),  # models of several
+)
 
 
 def inputs(model: PreTrainedModel, seed: int = 1) -> dict[str, Tensor]:
@@ -63,6 +71,16 @@ def train(model: PreTrainedModel) -> Tensor:
     return torch.stack(losses)
 
 
+def same_gradients(model: PreTrainedModel, loss: Tensor, stock: PreTrainedModel, want: Tensor) -> None:
+    theirs, ours = (dict(zip(dict(m.named_parameters()), _grads(y, m), strict=True)) for m, y in ((stock, want), (model, loss)))
+    for name, grad in theirs.items():
+        if grad is None or ours[name] is None:
+            assert grad is ours[name], name
+            continue
+        distance = torch.linalg.vector_norm(ours[name] - grad)
+        assert distance <= 1e-4 * torch.linalg.vector_norm(grad) + 1e-7, f"{name}: {float(distance):.3g}"
+
+
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The functions of the library that were called."""
@@ -78,7 +96,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_an_entry_is_the_model(model_type: str, called: set[str]) -> None:
-    """Loss, logits, gradients and training are the original's, every operation is really in its place, and all of it can be undone."""
+    """Loss, logits and gradients are the original's, every operation is really in its place, and all of it can be undone."""
     stock = build(model_type)
     model = copy.deepcopy(stock)
     report = liger_patch.auto(model)
@@ -99,22 +117,24 @@ def test_an_entry_is_the_model(model_type: str, called: set[str]) -> None:
     loss = loss_of(model, **given)
     if all(isinstance(m, type(model)) or not isinstance(m, PreTrainedModel) or m.config.model_type == model_type for m in model.modules()):
         # Towers do not run on tokens; the plain cross entropy only where there are logits.
-        assert called >= patched - {"cross_entropy"}, report
+        assert called >= patched - {"cross_entropy", "causal_mask"}, report
     want = loss_of(stock, **given)
     torch.testing.assert_close(loss, want, rtol=2e-6, atol=2e-6)
-    theirs, ours = (dict(zip(dict(m.named_parameters()), _grads(y, m), strict=True)) for m, y in ((stock, want), (model, loss)))
-    for name, grad in theirs.items():
-        if grad is None or ours[name] is None:
-            assert grad is ours[name], name
-            continue
-        distance = torch.linalg.vector_norm(ours[name] - grad)
-        assert distance <= 1e-4 * torch.linalg.vector_norm(grad) + 1e-7, f"{name}: {float(distance):.3g}"
+    same_gradients(model, loss, stock, want)
     torch.testing.assert_close(logits_of(model, given), logits_of(stock, given), rtol=1e-4, atol=1e-5)
 
     liger_patch.revert(model)
     assert torch.equal(logits_of(model, given), logits_of(stock, given))
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_training_is_that_of_the_original(model_type: str) -> None:
+    stock = build(model_type)
+    if not inputs(stock):
+        return  # it does not run on tokens
+    model = copy.deepcopy(stock)
     liger_patch.auto(model, verify=False)
-    torch.testing.assert_close(train(model.train()), train(stock.train()), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(train(model), train(stock), rtol=1e-3, atol=1e-4)
 
 
 def _grads(loss: Tensor, model: PreTrainedModel) -> Any:
@@ -123,12 +143,22 @@ def _grads(loss: Tensor, model: PreTrainedModel) -> Any:
     return [next(found) if p.requires_grad else None for p in model.parameters()]
 
 
+# What torch's compiler says while it traces the functions of autograd that some models have of their own.
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("model_type", COMPILED)
 def test_a_patched_model_compiles_as_the_stock_one_does(model_type: str) -> None:
     torch.compiler.reset()  # or the models count as one that changes too often
-    model = build(model_type)
+    stock, model = build(model_type), build(model_type)
     given = inputs(model)
-    want = loss_of(model, **given)
     liger_patch.auto(model)
-    got = loss_of(torch.compile(model, backend="aot_eager", fullgraph=True), **given)
+    want = loss_of(stock, **given)
+    try:
+        got = loss_of(torch.compile(model, backend="aot_eager", fullgraph=True), **given)
+    except Exception:
+        try:
+            loss_of(torch.compile(stock, backend="aot_eager", fullgraph=True), **given)
+        except Exception as theirs:  # RecurrentGemma and OPT of older releases
+            pytest.skip(f"the stock model does not compile here: {type(theirs).__name__}")
+        raise
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    same_gradients(model, got, stock, want)

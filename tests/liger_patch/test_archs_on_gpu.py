@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING
 
 import liger_fn
 import liger_patch
-from tests.liger_patch.test_archs import TYPES, inputs, loss_of
-from tests.liger_patch.tiny import WITHIN, build
+from tests.liger_patch.test_archs import TYPES, inputs, loss_of, same_gradients
+from tests.liger_patch.tiny import build
 
 STEPS = 5
 
@@ -18,8 +17,6 @@ STEPS = 5
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("model_type", TYPES)
 def test_an_entry_is_the_model_on_a_gpu(model_type: str, dtype: torch.dtype) -> None:
-    if WITHIN.get(model_type, model_type) not in CONFIG_MAPPING:
-        pytest.skip("this release of transformers has no such type")
     try:
         stock = build(model_type).to("cuda", dtype)
         given = {name: t.cuda() for name, t in inputs(stock).items()}
@@ -35,6 +32,28 @@ def test_an_entry_is_the_model_on_a_gpu(model_type: str, dtype: torch.dtype) -> 
             # Noise of the dtype grows from step to step, in either.
             limit = 2e-4 if dtype is torch.float32 else 3e-2
             assert float((ours - curve).abs().max()) <= limit * float(curve.abs().max()), (ours, curve)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("model_type", TYPES)
+def test_every_patched_model_compiles_where_the_stock_one_does(model_type: str) -> None:
+    try:
+        stock, model = (build(model_type).to("cuda") for _ in range(2))
+        given = {name: t.cuda() for name, t in inputs(stock).items()}
+        if not given:
+            pytest.skip("it does not run on tokens alone")
+        torch.compiler.reset()
+        want = loss_of(torch.compile(stock, backend="aot_eager", fullgraph=True), **given)  # type: ignore[arg-type]
+        same_gradients(stock, want, stock, loss_of(stock, **given))
+    except Exception as error:
+        pytest.skip(f"the original does not compile here: {type(error).__name__}: {error}"[:200])
+    with liger_fn.use_backend("triton"):
+        liger_patch.auto(model)
+        torch.compiler.reset()
+        got = loss_of(torch.compile(model, backend="aot_eager", fullgraph=True), **given)  # type: ignore[arg-type]
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        same_gradients(model, got, stock, loss_of(stock, **given))
 
 
 def train(model: torch.nn.Module, given: dict[str, torch.Tensor]) -> torch.Tensor:

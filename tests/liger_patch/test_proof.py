@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import re
 import types
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 import liger_patch
-from liger_patch import Arch, Head, Norm, PatchError
+from liger_patch import GLU, Arch, Head, Norm, PatchError, Rope, _registry
 
 from .models import config, dicts, llama, tokens
 
@@ -162,6 +164,56 @@ def test_verify_proves_swaps_and_the_whole_model(first, dtype):
     assert report.rows[-1].path == "the whole model"
     assert dicts(model) == before
     assert all(p.grad is None for p in model.parameters())
+
+
+def gated(self, hidden_states, gate=None):
+    return hidden_states
+
+
+def unlabelled(self, input_ids=None):
+    return self.lm_head(self.model(input_ids)[0])
+
+
+# What another release may have changed: in a class of the code, or (an entry that still speaks of the past) by taking it away.
+DRIFTS = {
+    "a norm of two inputs": ("LlamaRMSNorm", gated, "rms_norm", "LlamaRMSNorm at .*more: its forward takes more than one input"),
+    "an MLP of two inputs": ("LlamaMLP", gated, "swiglu", "LlamaMLP at .*more: its forward takes more than one input"),
+    "no labels": ("LlamaForCausalLM", unlabelled, "linear_cross_entropy", "LlamaForCausalLM.forward takes no labels"),
+    "no norm": (Arch("llama", norm=Norm("LlamaOldNorm")), None, "rms_norm", "no module of class LlamaOldNorm in LlamaForCausalLM"),
+    "no MLP": (Arch("llama", mlp=GLU("LlamaOldMLP")), None, "swiglu", "no module of class LlamaOldMLP in LlamaForCausalLM"),
+    "no eps": (Arch("llama", norm=Norm("LlamaRMSNorm", eps="old")), None, "rms_norm", "LlamaRMSNorm at .*it has no eps under the name old"),
+    "no up": (Arch("llama", mlp=GLU("LlamaMLP", up="old")), None, "swiglu", "LlamaMLP at .*it has no old"),
+    "no rotation": (Arch("llama", rope=Rope("turn")), None, "rope", "turn: no module's forward reads a global .*LlamaAttention.forward is"),
+    "no head": (Arch("llama", head=Head("old")), None, "linear_cross_entropy", "LlamaForCausalLM has no old"),
+    "no cap": (
+        *(Arch("llama", head=Head(softcap="config.old")), None, "linear_cross_entropy"),
+        "Linear at lm_head: .*AttributeError: 'LlamaConfig' object has no attribute 'old'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DRIFTS)
+def test_an_error_of_another_release_says_what_one_needs(name, monkeypatch):
+    """Which entry, which class, of which transformers, and what to do; where parts may stay stock, the same is a line of the report."""
+    what, forward, op, why = DRIFTS[name]
+    model = llama()
+    if isinstance(what, Arch):
+        monkeypatch.setitem(_registry._entries, "llama", what)
+    else:
+        for module in model.modules():
+            if type(module).__name__ == what:
+                module.__class__ = renamed(type(module), forward=forward)
+    before = dicts(model)
+    with pytest.raises(PatchError) as error:
+        liger_patch.auto(model)
+    assert dicts(model) == before
+    version = transformers.__version__.replace(".", r"\.")
+    first = rf"auto: LlamaForCausalLM of transformers {version} is not what the entry for 'llama' describes, and nothing was changed\.\n"
+    last = rf"\nLeave it stock with .*{op}=False.* or strict=False, or describe the model as it is with liger_patch\.register\("
+    assert re.search(rf"(?s)^{first}.*  {op}: .*{why}.*{last}", str(error.value)), str(error.value)
+    report = liger_patch.auto(model, strict=False)
+    assert op in {row.op for row in report.where("left") if row.why and row.was == row.now}
+    assert not report.where("failed")
 
 
 def test_verify_finds_a_wrong_function(monkeypatch):

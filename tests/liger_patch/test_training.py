@@ -8,7 +8,7 @@ from torch import nn
 
 import liger_patch
 
-from .models import gradients, labels_of, llama, same_gradients, tokens
+from .models import agree, family, gradients, labels_of, llama, one_step, same_gradients, tokens
 
 # PEFT reads an attribute that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -43,6 +43,20 @@ def test_training_is_the_same_on_every_backend(backend, device):
     for model in (stock, ours):
         losses(model, steps=1)
     same_gradients(ours, stock)
+
+
+# Norms of both kinds and their casts; gates by gelu and silu, packed and not, and relu squared; rotations of each kind; caps and scales.
+KERNELS = (
+    *("gemma2", "qwen3_moe", "cohere", "gpt_neox", "phi3", "glm4", "nanochat", "nemotron", "gemma3", "falcon_h1", "gpt_oss"),
+    *("deepseek_v2", "deepseek_v3", "gemma4_text", "gptj", "llama4_text"),
+)
+
+
+@pytest.mark.parametrize("model_type", KERNELS)
+def test_a_step_of_each_family_is_the_same_on_every_backend(model_type, backend, device):
+    stock, ours = (family(model_type).to(device) for _ in range(2))
+    liger_patch.auto(ours, verify=False)
+    agree(one_step(ours), one_step(stock))
 
 
 def test_gradient_accumulation():
