@@ -22,7 +22,7 @@ endif
 HAS_GPU := $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-train bench-report convergence clean
+.PHONY: help demo test test-oldest check bench bench-train bench-report convergence clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z-]*\): .*## /make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -35,6 +35,15 @@ demo: $(READY) ## train a small Llama on real text, stock and patched, and compa
 test: $(READY) ## run the tests once
 	@if $(HAS_GPU); then $(PY) -m pytest -p no:benchmark tests $(PYTEST_ARGS); \
 	else OMP_WAIT_POLICY=passive $(PY) -m pytest -p no:benchmark -n auto --maxprocesses 4 --dist worksteal tests $(PYTEST_ARGS); fi
+
+# In a folder of its own, before what the environment has.
+OLDEST := transformers==5.17.0
+OLDEST_IN := $(if $(strip $(VENV)),$(VENV),.venv)/oldest
+
+test-oldest: $(READY) ## the same entries of liger_patch with the oldest transformers that it takes
+	@test -f $(OLDEST_IN)/.ready || { rm -rf $(OLDEST_IN) && $(PY) -m pip install -q --target $(OLDEST_IN) '$(OLDEST)' && touch $(OLDEST_IN)/.ready; }
+	@export PYTHONPATH="$(CURDIR)/$(OLDEST_IN):$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" OMP_WAIT_POLICY=passive; \
+	$(PY) -m pytest -p no:benchmark -n auto --maxprocesses 4 --dist worksteal tests/liger_patch/test_archs.py tests/liger_patch/test_mask.py -k "is_the_model or mask" $(PYTEST_ARGS)
 
 check: $(READY) ## lint, format and types, nothing changed
 	@$(PY) -m ruff check .
