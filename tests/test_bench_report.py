@@ -12,6 +12,7 @@ from tests.bench import bars, heads, peers, report, results, table
 from tests.bench.peers import COMPILE, DONATE, EAGER, LIGER, NATIVE, OURS
 from tests.bench.results import GREEN, Result, Row
 from tests.bench.table import BOTH, HEAD_MODES, HOST, MODES, SWEEP, Bench
+from tests.bench.training import report as training
 
 
 def bench_of(op: str) -> Bench:
@@ -160,6 +161,9 @@ def test_the_committed_page_is_that_of_the_committed_results() -> None:
         assert not shown.exists(), "a page of figures that nobody can look up"
         return
     assert all(r.machine["device"] != "cpu" for r in found.values()), "a CPU has no figures to show"
-    assert shown.read_text() == report.page(found), "run `make bench-report`"
+    steps = training.read()
+    assert all(s.machine["device"] != "cpu" for s in steps.values()), "a CPU has no figures to show"
+    assert shown.read_text() == report.page(found, steps), "run `make bench-report`"
+    assert all((report.DOCS / "figures" / f"training-{stem}.png").exists() for stem in steps)
     for stem, result in found.items():
         assert all((report.DOCS / "figures" / f"bench-{stem}-{which}.png").exists() for which in report.drawn(result))

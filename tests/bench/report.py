@@ -277,10 +277,11 @@ def drawn(result: Result) -> dict[str, list[Row]]:
     return {which: each for which, each in found.items() if each}
 
 
-def page(found: dict[str, Result]) -> str:
-    """The text for results by the stems of their files, the newest first."""
+def page(found: dict[str, Result], steps: training.Load | None = None) -> str:
+    """The text for results by the stems of their files, the newest first; and for training steps."""
     newest = sorted(found, key=lambda stem: (found[stem].machine["date"], stem), reverse=True)
-    return "\n".join([HEAD, *(_section(stem, found[stem]) for stem in newest)])
+    functions = "\n".join([HEAD, *(_section(stem, found[stem]) for stem in newest)]) if found else ""
+    return "\n".join(filter(None, (functions, training.page(steps or {}))))
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------------------------
@@ -296,7 +297,7 @@ def write(folder: Path = results.FOLDER, docs: Path = DOCS) -> list[Path]:
 
     (docs / "figures").mkdir(parents=True, exist_ok=True)
     written = [docs / "benchmarks.md"]
-    written[0].write_text("\n".join(filter(None, (page(found) if found else "", training.page(steps)))))
+    written[0].write_text(page(found, steps))
     for stem, run in steps.items():
         written.append(docs / "figures" / f"training-{stem}.png")
         training.draw(stem, run, written[-1])
