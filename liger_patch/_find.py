@@ -20,7 +20,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from . import _proof
 from ._errors import PatchError
-from ._head import CausalLMForward, CausalLMLoss, HeadForward, has_backward_hooks, is_sharded, multiplies_itself
+from ._head import CausalLMForward, CausalLMLoss, HeadForward, has_backward_hooks, is_sharded, multiplies_itself, output_layer
 from ._mask import MaskForward, names_read
 from ._modules import PACKED, SEPARATE, GLUForward, NormForward, act_of, is_hooked
 from ._registry import known
@@ -238,7 +238,7 @@ def _turning(module: nn.Module, specs: tuple[Rope, ...]) -> RopeForward | str:
 
 def _masks(places: Places, root: PreTrainedModel, arch: Arch, asked: Mapping[str, bool]) -> Iterator[Find]:
     """No entry names these: models make their masks by transformers' own functions, all alike."""
-    headed = arch.head is not None and hasattr(root, arch.head.name)  # whose forward is to remember labels
+    headed = arch.head is not None and output_layer(root, arch.head) is not None  # whose forward is to remember labels
     for path, module in places:
         names = names_read(module) if isinstance(module, PreTrainedModel) and not (headed and module is root) else ()
         if not names:
@@ -266,7 +266,8 @@ def _masking(module: nn.Module, names: tuple[str, ...]) -> MaskForward | Left:
 def _head(root: PreTrainedModel, spec: Head, asked: Mapping[str, bool]) -> Iterator[Find]:
     row = Row(spec.name, "linear_cross_entropy", "Linear", "liger_fn.linear_cross_entropy", PLANNED)
     loss_row = Row("loss_function", "cross_entropy", "ForCausalLMLoss", "liger_fn.cross_entropy", PLANNED)
-    if not hasattr(root, spec.name):
+    layer = output_layer(root, spec)
+    if layer is None:
         # A bare base model or a classifier is a fair use; a causal LM with its head elsewhere is not what the entry describes.
         status = FAILED if type(root).__name__.endswith("ForCausalLM") else LEFT
         why = f"{type(root).__name__} has no {spec.name}"
@@ -274,7 +275,7 @@ def _head(root: PreTrainedModel, spec: Head, asked: Mapping[str, bool]) -> Itera
             yield Find(replace(each, was="–", now="–", status=status if asked[each.op] else LEFT, why=why))
         return
 
-    layer, loss = getattr(root, spec.name), installed(root, "_loss_function")
+    loss = installed(root, "_loss_function")
     theirs = "" if loss is not None or root.loss_function is ForCausalLMLoss else f"the loss function is {_title(root.loss_function)}"
     plain_already = isinstance(loss, CausalLMLoss) and loss.cross_entropy
     plain = plain_already or (asked["cross_entropy"] and not theirs)

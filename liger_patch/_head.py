@@ -105,12 +105,20 @@ class CausalLMForward(Forward):
         if labels is None or not module.training or (torch.compiler.is_compiling() and not self.traceable):
             return None
         # Since the patch, an adapter may have taken the output layer's place, or the user given the model another loss: both need logits.
-        if getattr(module, self.spec.name) is not self.head.module or not isinstance(module.loss_function, CausalLMLoss):
+        if output_layer(module, self.spec) is not self.head.module or not isinstance(module.loss_function, CausalLMLoss):
             return None
         steps = steps_of(module, self.spec)
         if steps is None:
             return None
         return Request(labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch"), kwargs.get("ignore_index", -100), steps)
+
+
+def output_layer(root: nn.Module, spec: Head) -> Any:
+    """The module at the place that an entry names; None where there is none."""
+    found: Any = root
+    for name in spec.name.split("."):
+        found = getattr(found, name, None)
+    return found
 
 
 def steps_of(root: nn.Module, spec: Head) -> tuple[Step, ...] | None:

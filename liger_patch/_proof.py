@@ -15,6 +15,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from ._carrier import FusedLogits
-from ._head import CausalLMForward, CausalLMLoss, HeadForward
+from ._head import CausalLMForward, CausalLMLoss, HeadForward, output_layer
 from ._mask import MASKS, MaskForward
 from ._modules import GLUForward, NormForward
 from ._rope import KINDS, RopeForward, of_tokens
@@ -265,16 +266,15 @@ def _prove_turn(module: nn.Module, spec: Rope, at: Place) -> None:
 
 def prove_head(root: PreTrainedModel, spec: Head, head: bool, cross_entropy: bool) -> None:
     """The causal LM's own forward over fixed hidden states: its post-processing of logits and its loss, in training and in evaluation."""
-    layer, name = getattr(root, spec.name), spec.name
+    layer = output_layer(root, spec)
     dtype, device = where(layer)
-    base = next((n for n, child in root.named_children() if isinstance(child, PreTrainedModel)), root.base_model_prefix)
     vocab, hidden = int(root.config.get_text_config().vocab_size), 32
 
     def run(patched: bool, training: bool, **extra: Any) -> Run:
         def values(held: torch.dtype) -> Mapping[str, Tensor]:
             states = normal((2, TOKENS, hidden), held, device, seed=1, rounded=dtype)
             linear = _linear(vocab, hidden, held, device, seed=2, rounded=dtype, bias=getattr(layer, "bias", None) is not None)
-            twin = stand_in(root, modules={base: _Fixed(states, getattr(root, base)), name: linear})
+            twin = _over(root, spec, states, linear)
             twin.__dict__["training"] = training
             if patched:
                 install_head(twin, spec, head, cross_entropy)
@@ -294,6 +294,26 @@ def prove_head(root: PreTrainedModel, spec: Head, head: bool, cross_entropy: boo
             compare(run(False, training, **extra), run(True, training, **extra), dtype, device)
 
 
+def _over(root: Any, spec: Head, states: Tensor, linear: nn.Linear) -> nn.Module:
+    """A stand-in of a causal LM with these hidden states and this output layer, and nothing between the two that an entry names."""
+    first, _, rest = spec.name.partition(".")
+    if rest and isinstance(getattr(root, first), PreTrainedModel):  # a causal LM within
+        twin = stand_in(root, modules={first: _over(getattr(root, first), replace(spec, name=rest), states, linear)})
+        twin.__dict__["get_input_embeddings"] = lambda: lambda ids: states.detach()
+        return twin
+    base = next((n for n, child in root.named_children() if isinstance(child, PreTrainedModel)), root.base_model_prefix)
+    others = {path: nn.Identity() for path in spec.before} | {spec.name: linear}
+    return _within(root, {base: _Fixed(states, getattr(root, base)), **others})
+
+
+def _within(module: Any, others: Mapping[str, nn.Module]) -> nn.Module:
+    """A stand-in in which other modules are at these paths."""
+    direct = {path: other for path, other in others.items() if "." not in path}
+    for name in {path.partition(".")[0] for path in others} - direct.keys():
+        direct[name] = _within(getattr(module, name), {p[len(name) + 1 :]: m for p, m in others.items() if p.startswith(f"{name}.")})
+    return stand_in(module, modules=direct)
+
+
 def carried(logits: Tensor | FusedLogits) -> bool:
     """Whether a loss was carried all the way, and nobody needed logits."""
     return isinstance(logits, FusedLogits) and not logits.source.touched and not logits.source.steps
@@ -302,7 +322,7 @@ def carried(logits: Tensor | FusedLogits) -> bool:
 def install_head(root: nn.Module, spec: Head, head: bool, cross_entropy: bool) -> None:
     """Make the swaps of a causal LM's head: `head` for its two forwards, and its loss function in either case."""
     if head:
-        inner = HeadForward(getattr(root, spec.name))
+        inner = HeadForward(output_layer(root, spec))
         outer = CausalLMForward(root, inner, spec)
         inner.install()
         outer.install()

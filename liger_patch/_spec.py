@@ -110,13 +110,15 @@ class Head:
     Between the two a model may form its logits a, by numbers that it holds: `a * scale`, `a / divide`, then `cap * tanh(a / cap)`.
 
     Args:
-        name: the causal LM's attribute that holds the output `nn.Linear`.
+        name: where the causal LM holds the output `nn.Linear`, as a path of attributes.
+        before: modules that change the hidden states before it, likewise; a proof does without them.
         scale: where the causal LM holds a factor of the logits, as a path of attributes: `"config.logit_scale"`.
         divide: likewise what divides them.
         softcap: likewise their cap. None there is no cap, as None is no factor in the others.
     """
 
     name: str = "lm_head"
+    before: tuple[str, ...] = ()
     scale: str | None = None
     divide: str | None = None
     softcap: str | None = None

@@ -192,8 +192,8 @@ def _heads(root: PreTrainedModel) -> Iterator[tuple[Head, Any]]:
     for name, child in root.named_children():
         if isinstance(child, nn.Linear):
             caps, scales = ((None, *(path for path in paths if _number(root, path))) for paths in (CAPS, SCALES))
-            for cap, scale, way in product(caps, scales, ("scale", "divide")):
-                spec = Head(name, softcap=cap, **{way: scale})
+            for cap, scale, divides in product(caps, scales, (False, True)):
+                spec = Head(name, softcap=cap, scale=None if divides else scale, divide=scale if divides else None)
                 yield spec, partial(_proof.prove_head, root, spec, True, True)
 
 

@@ -24,7 +24,7 @@ ARCHS = (
     Arch("glm4v_vision", norm=(Norm("Glm4vRMSNorm"), LAYER_NORM), mlp=GLU("Glm4VisionMlp"), rope=OF_TOKENS),
     Arch("got_ocr2", head=Head()),
     Arch("idefics3", head=Head()),
-    Arch("llama4"),  # its output layer is in a causal LM within, its loss outside of that
+    Arch("llama4", head=Head("language_model.lm_head")),
     Arch("llava", head=Head()),
     Arch("llava_next", head=Head()),
     Arch("llava_onevision", head=Head()),
@@ -37,6 +37,7 @@ ARCHS = (
         norm=LAYER_NORM,
         mlp=GLU("ModernBertDecoderMLP", act="gelu", down="Wo", packed="Wi", act_fn="act"),
         rope=Rope(),
+        head=Head("decoder", before=("lm_head",)),
     ),
     Arch("paligemma", head=Head()),
     like("pixtral", "Pixtral", mlp=GLU("PixtralMLP", act="gelu"), head=None),

@@ -106,7 +106,7 @@ def test_an_entry_is_the_model(model_type: str, called: set[str]) -> None:
     inner = [_registry.known(m.config.model_type) for m in model.modules() if isinstance(m, PreTrainedModel)]
     parts = {op for arch in inner if arch is not None for op in arch.ops()} - {"linear_cross_entropy", "cross_entropy"}
     assert {*entry.ops(), *parts} <= patched | absent, report
-    assert patched or model_type == "llama4", report
+    assert patched, report
     given = inputs(model)
     if not given:  # its swaps were proved when they were made
         liger_patch.revert(model)
@@ -135,6 +135,27 @@ def test_training_is_that_of_the_original(model_type: str) -> None:
     model = copy.deepcopy(stock)
     liger_patch.auto(model, verify=False)
     torch.testing.assert_close(train(model), train(stock), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["llama4", "bert", "roberta", "electra", "modernbert-decoder"])
+def test_an_output_layer_deep_in_a_model_makes_no_logits(model_type: str) -> None:
+    """It is in a model within, or other modules come before it; where another has taken it in, there are logits again."""
+
+    def seeded(model: PreTrainedModel) -> Any:
+        torch.manual_seed(0)  # of dropout
+        return model(**inputs(model))
+
+    stock = build(model_type)
+    model = copy.deepcopy(stock)
+    (row,) = (row for row in liger_patch.auto(model) if row.op == "linear_cross_entropy")
+    assert row.status == "patched"
+    output = seeded(model)
+    assert not isinstance(output.logits, Tensor)
+    assert not output.logits.source.touched
+    torch.testing.assert_close(output.logits + 0, seeded(stock).logits, rtol=1e-4, atol=1e-5)
+    where, _, name = row.path.rpartition(".")
+    setattr(model.get_submodule(where), name, torch.nn.Sequential(model.get_submodule(row.path)))
+    assert isinstance(seeded(model).logits, Tensor)
 
 
 def _grads(loss: Tensor, model: PreTrainedModel) -> Any:
