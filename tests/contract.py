@@ -298,7 +298,7 @@ class Contract(Composes):
         assert not any(y.requires_grad for y in s.call(s.op))
 
     def test_unwanted_gradients_cost_nothing(self) -> None:
-        """At realistic sizes, on meta tensors: fewer gradients are fewer matrix products, or launches that touch fewer elements."""
+        """At realistic sizes, on meta tensors: fewer gradients are smaller matrix products, or launches that touch less."""
         if not _launch.HAS_TRITON:
             pytest.skip("needs Triton")
         for case in self.table.launches:
@@ -311,7 +311,7 @@ class Contract(Composes):
                     assert fewer, f"{case.name}: gradients of {wanted} take (products, elements) = {work}, of {wrt} {most}"
 
     def work(self, case: Case, wanted: Sequence[str]) -> tuple[int, int]:
-        """(matrix products, elements of tensors handed to kernels) of a forward, and of a backward for the gradients wanted."""
+        """(products of numbers in matrix products, elements handed to kernels) of a forward, and a backward for the gradients wanted."""
         s = Sample(self.table, case, BF16, torch.device("meta"))
         leaves = {k: t.detach().requires_grad_(k in wanted) for k, t in zip(s.wrt, s.tensors, strict=True)}
         kernels: Any = "interpreter" if _launch.INTERPRETED else "triton"
@@ -340,12 +340,15 @@ class Contract(Composes):
 
 
 class CountProducts(TorchFunctionMode):
-    """Counts calls of matrix products. (A dispatch mode would see them too, and would make ops take their other path.)"""
+    """Counts what matrix products multiply. (A dispatch mode would see them too, and would make ops take their other path.)"""
 
     count = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += getattr(func, "__name__", "") in ("mm", "addmm", "addmm_", "matmul", "__matmul__", "linear")
+        name = getattr(func, "__name__", "")
+        if name in ("mm", "addmm", "addmm_", "matmul", "__matmul__", "linear"):
+            a, b = args[1:3] if name.startswith("addmm") else args[:2]
+            self.count += a.numel() * b.shape[0 if name == "linear" else -1]
         return func(*args, **(kwargs or {}))
 
 

@@ -237,7 +237,7 @@ def test_many_parts_are_merged(device: torch.device) -> None:
     tops[140, 0], tops[:70, 1] = 50.0, -math.inf
     stats, log_prob, target = a_y.new_empty(n, 2), torch.empty_like(a_y), torch.zeros(n, dtype=torch.int64, device=device)
     _launch.launch(
-        _head_kernels._merge_kernel,
+        _head_kernels._head_merge_kernel,
         (2,),
         device,
         tops,

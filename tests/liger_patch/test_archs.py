@@ -22,11 +22,11 @@ UNABLE = ("blt", "blt_local_decoder", "blt_patcher", "git")  # by tokens alone, 
 # One of each kind, of those that the compiler takes as they are; all are compiled on a GPU.
 COMPILED = (
     *("llama", "gemma2", "qwen3", "cohere", "glm4", "phi3", "gpt_neox", "olmo2", "granite", "nemotron", "nanochat", "deepseek_v2"),
-    *("qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text", "granitemoe"),  # mixtures, and other rotations
-    *("recurrent_gemma", "falcon_h1", "mamba2", "lfm2"),  # states and convolutions
-    *("gptj", "bloom", "falcon", "opt", "mpt", "persimmon", "stablelm", "olmo", "hyperclovax"),  # older decoders, and other heads
+    *("qwen3_moe", "gpt_oss", "llama4_text"),  # mixtures, and other rotations
+    *("recurrent_gemma", "falcon_h1", "lfm2"),  # states and convolutions
+    *("gptj", "bloom", "falcon", "opt", "mpt", "stablelm", "olmo"),  # older decoders, and other heads
     *("modernbert", "xlm-roberta", "bart", "whisper"),  # encoders, and decoders of them
-    *("gemma3", "gemma4_text", "llava", "qwen2_5_vl"),  # models of several
+    *("gemma3", "gemma4_text", "qwen2_5_vl"),  # models of several
 )
 
 
