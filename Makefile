@@ -38,12 +38,14 @@ test: $(READY) ## run the tests once
 
 # In a folder of its own, before what the environment has.
 OLDEST := transformers==5.17.0
-OLDEST_IN := $(if $(strip $(VENV)),$(VENV),.venv)/oldest
+OLDEST_IN := $(if $(strip $(VENV)),$(VENV),out)/oldest
 
 test-oldest: $(READY) ## the same entries of liger_patch with the oldest transformers that it takes
-	@test -f $(OLDEST_IN)/.ready || { rm -rf $(OLDEST_IN) && $(PY) -m pip install -q --target $(OLDEST_IN) '$(OLDEST)' && touch $(OLDEST_IN)/.ready; }
+	@test -f '$(OLDEST_IN)/.$(OLDEST)' || { rm -rf $(OLDEST_IN) && \
+	    $(PY) -m pip install -q --target $(OLDEST_IN) '$(OLDEST)' && touch '$(OLDEST_IN)/.$(OLDEST)'; }
 	@export PYTHONPATH="$(CURDIR)/$(OLDEST_IN):$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" OMP_WAIT_POLICY=passive; \
-	$(PY) -m pytest -p no:benchmark -n auto --maxprocesses 4 --dist worksteal tests/liger_patch/test_archs.py tests/liger_patch/test_mask.py -k "is_the_model or mask" $(PYTEST_ARGS)
+	$(PY) -m pytest -p no:benchmark -n auto --maxprocesses 4 --dist worksteal tests/liger_patch/test_archs.py tests/liger_patch/test_mask.py \
+	    -k "is_the_model or mask" $(PYTEST_ARGS)
 
 check: $(READY) ## lint, format and types, nothing changed
 	@$(PY) -m ruff check .

@@ -134,7 +134,7 @@ def walk(
     weight, bias = head.weight, head.bias
     like = Head(head.x, torch.empty(cdiv(shard.classes, shard.members.size()), weight.shape[1], dtype=weight.dtype, device="meta"))
     keep = kept(target, ignore_index, fit(like, None, memory_budget or default_budget(like.weight)))
-    how, rows = settle(like, keep, accumulate, memory_budget, needs[1])
+    how, rows = settle(like, keep, accumulate, memory_budget)
     if not any(needs):
         by_tokens(head, keep, rows, turn, None, grad=False)
         return None, None, None

@@ -2,7 +2,7 @@
 
 A model makes its masks by functions of `transformers.masking_utils`. From positions alone these cannot know whether a batch packs several
 sequences into one row: they read the positions back, for which the host waits in every step; and where a compiler traces, which cannot
-wait, they write out a mask of `[B, 1, T, T]`, with which attention takes about three times as long. But whoever passes neither positions
+wait, releases write out a mask of `[B, 1, T, T]`, with which attention computes what it could skip. But whoever passes neither positions
 nor a mask packs nothing. Then the answer is known: no mask.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import masking_utils
 
-from ._swap import Forward
+from ._swap import Viewed
 from ._view import rebind, uses_global
 
 PLAIN = {"config", "inputs_embeds", "input_embeds", "attention_mask", "past_key_values", "position_ids", "cache_position", "layer_idx"}
@@ -63,10 +63,10 @@ def names_read(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in MASKS if uses_global(forward, name) and held[name] is getattr(masking_utils, name))
 
 
-class MaskForward(Forward):
+class MaskForward(Viewed):
     """The forward of a model that makes masks: in training, without positions or a mask of the caller's, over a view with ours."""
 
-    __slots__ = ("_forward", "at", "names")
+    __slots__ = ("at", "names")
 
     op = kind = "causal_mask"
     now = "is_causal"
@@ -89,13 +89,3 @@ class MaskForward(Forward):
         if given or not module.training:
             return self.stock(module, *args, **kwargs)
         return self._forward(module, *args, **kwargs)
-
-    # A function over a view has no importable name: a copy makes it anew from its class.
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        del state["_forward"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._forward = self._bound()

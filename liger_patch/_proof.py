@@ -213,7 +213,10 @@ def prove_mask(swap: MaskForward) -> None:
         if not MASKS[name][1](given):
             continue
         with quiet(states.device):
-            mask = original(**given)
+            try:
+                mask = original(**given)
+            except Exception as error:
+                raise DoesNotRun(f"{name} does not run on a small input: {type(error).__name__}: {error}") from error
         if mask is not None:
             raise Disagreement(f"{name} makes a mask of a plain batch, {list(mask.shape)}")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import liger_fn
 
 from ._spec import Rope
-from ._swap import Forward
+from ._swap import Viewed
 from ._view import rebind
 
 Pair = tuple[Tensor, Tensor]
@@ -129,10 +129,10 @@ KINDS: dict[str, Kind] = {
 }
 
 
-class RopeForward(Forward):
+class RopeForward(Viewed):
     """The forward of an attention module, over a view in which its rotary functions are ours."""
 
-    __slots__ = ("_forward", "specs")
+    __slots__ = ("specs",)
 
     op = kind = "rope"
 
@@ -149,13 +149,3 @@ class RopeForward(Forward):
 
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self._forward(module, *args, **kwargs)
-
-    # A function over a view has no importable name: a copy makes it anew from its class.
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        del state["_forward"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._forward = self._bound()

@@ -102,6 +102,25 @@ class Forward(Swap):
         return inspect.signature(MethodType(type(self.module).forward, self.module))
 
 
+class Viewed(Forward):
+    """A module's own forward, over a view of its code's globals in which some mean something else."""
+
+    __slots__ = ("_forward",)
+
+    def _bound(self) -> Callable[..., Any]:
+        """That forward. It has no importable name: a copy makes it anew from its class."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        del state["_forward"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forward = self._bound()
+
+
 class Alone(Swap):
     """Stops `nn.DataParallel`: a replica shares its module's swaps, which run that module and not the replica."""
 

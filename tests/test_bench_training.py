@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 import liger_fn
 from tests.bench import report as whole
-from tests.bench.training import bars, profile, report, store
+from tests.bench.training import bars, profile, store
 from tests.bench.training.__main__ import main
 from tests.bench.training.models import LIGER, MODELS, OURS, OURS_COMPILE, PROVIDERS, STOCK, STOCK_COMPILE
 from tests.bench.training.step import Step, answer, measure
@@ -73,6 +74,8 @@ def test_bars_are_ratios_of_one_model() -> None:
     assert [round(v.found or 0, 4) for v in found] == [1.065, 1.031, 1.0417, 0.0001]
     assert [v.met for v in found] == [True, False, False, True]
     assert {v.met for v in bars.verdicts(rows) if v.model != LLAMA.name} == {None}
+    found = [v for v in bars.verdicts(rows[:1] + rows[2:]) if v.model == LLAMA.name]
+    assert [v.met for v in found] == [True, False, None, True], "the best of peers that were not all measured"
     assert len(bars.verdicts([])) == 4 * len(bars.OF_LIGER)
 
 
@@ -111,7 +114,7 @@ def test_steps_of_the_patched_model_are_the_stock_models() -> None:
 
 
 def test_a_failure_ends_its_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "liger_kernel", None)
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
     receiver, sender = multiprocessing.Pipe(duplex=False)
     answer(LLAMA, LIGER, sender)
     found = receiver.recv()
@@ -129,4 +132,3 @@ def test_a_name_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> N
 def test_every_model_is_named_once() -> None:
     assert len({model.key for model in MODELS}) == len(MODELS)
     assert set(bars.OF_LIGER) == {model.name for model in MODELS if model.providers == PROVIDERS}
-    assert report.read(store.FOLDER) is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from .models import LIGER, MODELS, OURS, OURS_COMPILE, STOCK
+from .models import LIGER, MODELS, OURS, OURS_COMPILE, STOCK, STOCK_COMPILE
 from .step import Step
 
 OF_LIGER = {"Llama 1B": 1.06, "Llama 8B 8 layers": 1.05, "Qwen3 0.6B": 1.25, "Gemma2 2B 10 layers": 1.12}  # tokens/s over liger-kernel's
@@ -42,6 +42,8 @@ def _memory(rows: Rows) -> float | None:
 
 
 def _compiled(rows: Rows) -> float | None:
+    if not all(p in rows for p in (STOCK, STOCK_COMPILE, LIGER)):
+        return None  # the best may be missing
     peers = [found for p, r in rows.items() if p not in (OURS, OURS_COMPILE) and (found := r.tokens_per_s)]
     return _ratio(_tokens(rows, OURS_COMPILE), max(peers, default=None))
 
