@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from itertools import count
@@ -76,19 +77,23 @@ class Result:
         return Result(later.machine, self.limits | later.limits, self.gates | later.gates, list(rows.values()))
 
 
-def machine(device: torch.device) -> dict[str, str]:
-    """What the figures depend on, the code of the functions and of the benchmarks included."""
+SOURCES = ("liger_fn/*.py", "tests/bench/*.py")
+PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy")
+
+
+def machine(device: torch.device, sources: Iterable[str] = SOURCES, packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """What figures depend on: the device, versions of packages, and the code whose paths in the repository match `sources`."""
     gpu = device.type == "cuda"
     found = {
         "device": torch.cuda.get_device_name(device) if gpu else "cpu",
         "date": datetime.now(timezone.utc).date().isoformat(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "sources": _digest(),
+        "sources": _digest(sources),
     }
     if gpu:
         found["hip" if torch.version.hip else "cuda"] = str(torch.version.hip or torch.version.cuda)
-    for name in ("triton", "liger-kernel", "cut-cross-entropy"):
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -96,26 +101,27 @@ def machine(device: torch.device) -> dict[str, str]:
     return found
 
 
-def _digest() -> str:
+def _digest(sources: Iterable[str]) -> str:
     code = hashlib.sha256()
-    for path in sorted((*ROOT.glob("liger_fn/*.py"), *Path(__file__).parent.glob("*.py"))):
+    for path in sorted(path for pattern in sources for path in ROOT.glob(pattern)):
         code.update(path.read_bytes())
     return code.hexdigest()[:12]
+
+
+def place(folder: Path, m: dict[str, str], same: Callable[[Path], bool]) -> Path:
+    """Where a run on the machine `m` is kept in `folder`: the first name that is free, or whose file is of the `same` run."""
+    stem = re.sub(r"[^a-z0-9.]+", "-", f"{m['device']}-{m['torch'].split('+')[0]}-{m['date']}".lower())
+    folder.mkdir(parents=True, exist_ok=True)
+    names = (folder / (f"{stem}.json" if n == 1 else f"{stem}-{n}.json") for n in count(1))
+    return next(path for path in names if not path.exists() or same(path))
 
 
 def save(result: Result, folder: Path) -> Path:
     """Write `<gpu>-<torch>-<date>.json`. A file of the same machine, day and sources is added to; of others, it is left as it is."""
     m = result.machine
-    stem = re.sub(r"[^a-z0-9.]+", "-", f"{m['device']}-{m['torch'].split('+')[0]}-{m['date']}".lower())
-    for n in count(1):
-        path = folder / (f"{stem}.json" if n == 1 else f"{stem}-{n}.json")
-        if not path.exists():
-            break
-        before = load(path)
-        if before.machine == m:
-            result = before.with_later(result)
-            break
-    folder.mkdir(parents=True, exist_ok=True)
+    path = place(folder, m, lambda kept: load(kept).machine == m)
+    if path.exists():
+        result = load(path).with_later(result)
     rows = ",\n  ".join(json.dumps(_written(r)) for r in result.allowed())
     head = json.dumps({"machine": m, "limits": result.limits, "gates": result.gates}, indent=1)
     path.write_text(f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n')

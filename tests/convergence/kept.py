@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
-import platform
-import re
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from _presets import Preset
+from tests.bench import results
 
 from .measure import Result, Run
 
-ROOT = Path(__file__).parents[2]
 FOLDER = Path(__file__).parent / "results"
 SOURCES = ("liger_fn/*.py", "liger_patch/**/*.py", "tests/convergence/*.py")
 SETTINGS = ("hidden", "layers", "heads", "kv_heads", "mlp", "vocab", "batch", "seq", "steps", "lr")
@@ -42,23 +36,7 @@ class Sheet:
 
 def machine(device: str) -> dict[str, str]:
     """What the figures depend on."""
-    found = {
-        "device": torch.cuda.get_device_name(0) if device == "cuda" else "cpu",
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    if device == "cuda":
-        found["hip" if torch.version.hip else "cuda"] = str(torch.version.hip or torch.version.cuda)
-    for name in ("triton", "transformers", "tokenizers"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    code = hashlib.sha256()
-    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
-        code.update(path.read_bytes())
-    return found | {"sources": code.hexdigest()[:12]}
+    return results.machine(torch.device(device), SOURCES, ("triton", "transformers", "tokenizers"))
 
 
 def settings(preset: Preset, seed: int, tokens: int) -> dict[str, Any]:
@@ -68,19 +46,13 @@ def settings(preset: Preset, seed: int, tokens: int) -> dict[str, Any]:
 
 def save(sheet: Sheet, folder: Path) -> Path:
     """Write `<device>-<torch>-<date>.json`, whole or not at all. A file of the same machine and settings is added to; another stays."""
-    m = sheet.machine
-    stem = re.sub(r"[^a-z0-9.]+", "-", f"{m['device']}-{m['torch'].split('+')[0]}-{m['date']}".lower())
-    for n in count(1):
-        path = folder / (f"{stem}.json" if n == 1 else f"{stem}-{n}.json")
-        if not path.exists():
-            break
+    m, s = sheet.machine, sheet.settings
+    path = results.place(folder, m, lambda kept: (load(kept).machine, load(kept).settings) == (m, s))
+    if path.exists():
         before = load(path)
-        if (before.machine, before.settings) == (m, sheet.settings):
-            for result in sheet.results:
-                before.add(result)
-            sheet = Sheet(m, sheet.settings, before.results, before.failed | sheet.failed)
-            break
-    folder.mkdir(parents=True, exist_ok=True)
+        for result in sheet.results:
+            before.add(result)
+        sheet = Sheet(m, s, before.results, before.failed | sheet.failed)
     head = json.dumps({"machine": m, "settings": sheet.settings, "failed": sheet.failed}, indent=1)
     rows = ",\n  ".join(json.dumps(_written(result)) for result in sheet.results)
     part = path.with_suffix(".part")
@@ -106,5 +78,5 @@ def _rounded(value: Any, digits: int) -> Any:
 def load(path: Path) -> Sheet:
     """What `save` wrote."""
     raw = json.loads(path.read_text())
-    results = [Result(**r | {"runs": {name: Run(**run) for name, run in r["runs"].items()}}) for r in raw["results"]]
-    return Sheet(raw["machine"], raw["settings"], results, raw["failed"])
+    every = [Result(**r | {"runs": {name: Run(**run) for name, run in r["runs"].items()}}) for r in raw["results"]]
+    return Sheet(raw["machine"], raw["settings"], every, raw["failed"])

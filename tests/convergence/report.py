@@ -7,12 +7,14 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from tests.bench.results import ROOT
+
 from . import kept
 from .kept import Sheet
 from .measure import AGAIN, BIN, EARLY, FACTOR, LEARNED, MEASURES, PATCHED, Result, judge, spread
 from .models import MODELS
 
-DOCS = kept.ROOT / "docs"
+DOCS = ROOT / "docs"
 
 HEAD = f"""# Convergence
 

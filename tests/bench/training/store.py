@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
-import re
 from dataclasses import asdict, dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ from .. import results
 from .step import Step
 
 FOLDER = results.FOLDER / "training"
+SOURCES = ("liger_fn/*.py", "liger_patch/**/*.py", "tests/bench/training/*.py")
 LEAST_MS = 0.005  # a kernel below is no share of a step
 
 
@@ -34,30 +31,17 @@ class Steps:
 
 def machine(device: torch.device) -> dict[str, str]:
     """What the figures depend on, the patches' code included."""
-    code = hashlib.sha256()
-    here = Path(__file__).parent
-    for path in sorted((*results.ROOT.glob("liger_fn/*.py"), *results.ROOT.glob("liger_patch/**/*.py"), *here.glob("*.py"))):
-        code.update(path.read_bytes())
-    found = results.machine(device) | {"transformers": importlib.metadata.version("transformers"), "sources": code.hexdigest()[:12]}
-    found.pop("cut-cross-entropy", None)
-    return found
+    return results.machine(device, SOURCES, ("triton", "liger-kernel", "transformers"))
 
 
 def save(steps: Steps, folder: Path) -> Path:
     """Write `<gpu>-<torch>-<date>.json`. A file of the same machine, day and sources is added to; of others, it is left as it is."""
     m = steps.machine
-    stem = re.sub(r"[^a-z0-9.]+", "-", f"{m['device']}-{m['torch'].split('+')[0]}-{m['date']}".lower())
-    for n in count(1):
-        path = folder / (f"{stem}.json" if n == 1 else f"{stem}-{n}.json")
-        if not path.exists():
-            break
-        before = load(path)
-        if before.machine == m:
-            for row in steps.rows:
-                before = before.with_row(row)
-            steps = before
-            break
-    folder.mkdir(parents=True, exist_ok=True)
+    path = results.place(folder, m, lambda kept: load(kept).machine == m)
+    if path.exists():
+        later, steps = steps.rows, load(path)
+        for row in later:
+            steps = steps.with_row(row)
     rows = ",\n  ".join(json.dumps(_written(r)) for r in steps.rows)
     path.write_text(f'{json.dumps({"machine": m}, indent=1)[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n')
     return path
