@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,14 @@ def test_a_second_run_adds_to_the_file_of_the_first(tmp_path: Path) -> None:
     other = results.save(replace(second, machine=MACHINE | {"sources": "b"}), tmp_path)
     assert other.name == "some-gpu-80-gb-2.0.0-2000-01-02-2.json"
     assert results.load(path) == both
-    assert report.page({path.stem: both, other.stem: results.load(other)}).count("\n## ") == 2
+    later = replace(results.load(other), rows=[Row("f", "s", BOTH, OURS, 4.0)], gates={"f": GREEN})
+    text = report.page({other.stem: later, path.stem: both})
+    assert text.count("\n## ") == 1, "one machine"
+    assert "| `g` | s | liger_fn | 3.0 |" in text
+    assert "| s | forward + backward | liger_fn | **4.0** |" in text
+    assert f"sources b ([JSON](../tests/bench/results/{other.stem}.json)): `f` alone" in text
+    newer = replace(later, machine=MACHINE | {"sources": "b", "torch": "2.1.0"})
+    assert report.page({path.stem: both, "newer": newer}).count("\n## ") == 2
 
 
 def test_the_page_says_where_a_peer_is_better() -> None:
@@ -165,5 +173,6 @@ def test_the_committed_page_is_that_of_the_committed_results() -> None:
     assert all(s.machine["device"] != "cpu" for s in steps.values()), "a CPU has no figures to show"
     assert shown.read_text() == report.page(found, steps), "run `make bench-report`"
     assert all((report.DOCS / "figures" / f"training-{stem}.png").exists() for stem in steps)
-    for stem, result in found.items():
-        assert all((report.DOCS / "figures" / f"bench-{stem}-{which}.png").exists() for which in report.drawn(result))
+    for stem, runs in report.together(found).items():
+        drawn = report.drawn(reduce(Result.with_later, runs.values()))
+        assert all((report.DOCS / "figures" / f"bench-{stem}-{which}.png").exists() for which in drawn)

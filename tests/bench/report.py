@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
+from functools import reduce
 from pathlib import Path
 
 from . import bars, results
@@ -225,14 +226,23 @@ def _host(rows: Sequence[Row]) -> str:
     return text + _table(("function", "shape", "provider", "µs", "liger_fn ÷ this"), cells)
 
 
-def _section(stem: str, result: Result) -> str:
+def together(found: dict[str, Result]) -> dict[str, dict[str, Result]]:
+    """Runs on one machine with the same versions, by the oldest one's stem, the oldest first."""
+    groups: dict[tuple[tuple[str, str], ...], dict[str, Result]] = {}
+    for stem in sorted(found, key=lambda stem: (found[stem].machine["date"], len(stem), stem)):
+        machine = tuple((k, v) for k, v in sorted(found[stem].machine.items()) if k not in ("date", "sources"))
+        groups.setdefault(machine, {})[stem] = found[stem]
+    return {next(iter(runs)): runs for runs in groups.values()}
+
+
+def _section(stem: str, runs: dict[str, Result]) -> str:
+    result = reduce(Result.with_later, runs.values())
     m, rows = result.machine, result.allowed()
     timed, host, by_size = [r for r in rows if r.mode in MODES], [r for r in rows if r.mode == HOST], [r for r in rows if r.mode == SWEEP]
     heads = [r for r in rows if r.mode in HEAD_MODES]
-    versions = ", ".join(f"{k} {v}" for k, v in m.items() if k != "device")
-    parts = [
-        f"## {m['device']}, torch {m['torch']}, {m['date']}\n\n{m['device']}, {versions} ([JSON](../tests/bench/results/{stem}.json)).\n"
-    ]
+    parts = [f"## {m['device']}, torch {m['torch']}, {m['date']}\n\n" + "\n".join(_run(*run) for run in runs.items())]
+    if len(runs) > 1:
+        parts[0] += "\nWhat was measured in several runs is shown as the last found it.\n"
     if result.limits:
         copy, small, matmul = (result.limits[k] for k in ("copy_gbs", "small_copy_gbs", "matmul_tflops"))
         parts[0] += (
@@ -260,6 +270,12 @@ def _section(stem: str, result: Result) -> str:
     return "\n".join(p for p in parts if p)
 
 
+def _run(stem: str, result: Result) -> str:
+    ops = "" if len(result.gates) > 1 else f": {', '.join(f'`{op}`' for op in result.gates)} alone"
+    versions = ", ".join(f"{k} {v}" for k, v in result.machine.items() if k != "device")
+    return f"{result.machine['device']}, {versions} ([JSON](../tests/bench/results/{stem}.json)){ops}.\n"
+
+
 FIGURES = {
     "floor": "how much of what the machine can do each provider reaches",
     "time": "time by size",
@@ -278,9 +294,9 @@ def drawn(result: Result) -> dict[str, list[Row]]:
 
 
 def page(found: dict[str, Result], steps: training.Load | None = None) -> str:
-    """The text for results by the stems of their files, the newest first; and for training steps."""
-    newest = sorted(found, key=lambda stem: (found[stem].machine["date"], stem), reverse=True)
-    functions = "\n".join([HEAD, *(_section(stem, found[stem]) for stem in newest)]) if found else ""
+    """The text for results by the stems of their files, those of one machine together; and for training steps."""
+    sections = [_section(stem, runs) for stem, runs in reversed(together(found).items())]
+    functions = "\n".join([HEAD, *sections]) if found else ""
     return "\n".join(filter(None, (functions, training.page(steps or {}))))
 
 
@@ -301,7 +317,8 @@ def write(folder: Path = results.FOLDER, docs: Path = DOCS) -> list[Path]:
     for stem, run in steps.items():
         written.append(docs / "figures" / f"training-{stem}.png")
         training.draw(stem, run, written[-1])
-    for stem, result in found.items():
+    for stem, runs in together(found).items():
+        result = reduce(Result.with_later, runs.values())
         for which, rows in drawn(result).items():
             path = docs / "figures" / f"bench-{stem}-{which}.png"
             getattr(figures, which)(rows, f"{result.machine['device']}, torch {result.machine['torch']}", path)
