@@ -61,7 +61,7 @@ def right(trial: tuple[Trial, dict[str, Trained]]) -> Result:
 
 def test_a_right_patch_passes(right: Result, trial: tuple[Trial, dict[str, Trained]]) -> None:
     assert measure.judge(right) == []
-    assert list(right.yardsticks) == ["rows reversed", "rows rotated", "products halved"]
+    assert list(right.yardsticks) == ["rows reversed", "rows rotated", "products of 1/4", "products of 1/2", "products of 3/4"]
     assert set(liger_patch.supported()["llama"]) <= set(right.ops)
     again = right.runs[measure.AGAIN]
     assert (again.largest, again.early_update, again.update, again.held_out) == (0, 0, 0, 0)
@@ -239,11 +239,14 @@ def test_a_yardstick_differs_by_rounding_alone() -> None:
     with torch.no_grad():
         for p in model.parameters():
             p += 0.1 * torch.randn_like(p)
-    halved = copy.deepcopy(model)
-    train.halve(halved)
-    want, got = (m(input_ids=ids).logits for m in (model, halved))
-    assert not torch.equal(got, want)
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    parts = {variant.cut for variant in VARIANTS.values() if variant.cut}
+    found = []
+    for part in parts:
+        apart = copy.deepcopy(model)
+        train.cut(apart, part)
+        found.append(apart(input_ids=ids).logits)
+        torch.testing.assert_close(found[-1], model(input_ids=ids).logits, rtol=1e-10, atol=1e-10)
+    assert len({tuple(y.flatten().tolist()) for y in (model(input_ids=ids).logits, *found)}) == 1 + len(parts) == 4
 
 
 def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from .measure import BIN, PATCHED, Result
 
 INK, STOCK, OURS = "#222222", "#8a8f98", "#e4572e"
-YARDSTICKS = ("#3a7ca5", "#6aa84f", "#8e5ea2", "#f2a541")
+YARDSTICKS = ("#3a7ca5", "#6aa84f", "#8e5ea2", "#f2a541", "#5bb5b0")
 STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "text.color": INK, "axes.titlelocation": "left"}
 COLUMNS = 3
 

@@ -28,7 +28,8 @@ compared with stock, and beside it with what rounding alone does to stock. Each 
 
 - *again*: nothing differs. Where it is not 0, the machine gives other bits from run to run.
 - *rows reversed*, *rows rotated*: the sequences of each batch in another order, and with it every sum over tokens.
-- *products halved*: each linear layer sums the halves of its inputs by two products, so that activations are rounded anew.
+- *products of 1/4*, *of 1/2*, *of 3/4*: each linear layer sums that part of its inputs and the rest by two products, so that activations
+  are rounded anew. (*products halved* is what earlier runs call that of 1/2, which was their only one.)
 
 What is compared, each run against the first stock run, losses in nats:
 
@@ -39,7 +40,7 @@ What is compared, each run against the first stock run, losses in nats:
   start would hide it. *early update*: the same after {EARLY} steps. *worst*: of the single parameter where *update* is largest. One whose
   gradient is 0 but for rounding (the bias of keys) has an update of noise alone, in every run.
 
-A patched run passes where each of the five is at most {FACTOR:g} times the largest of the three yardsticks (for *held-out*, which can be
+A patched run passes where each of the five is at most {FACTOR:g} times the largest of these yardsticks (for *held-out*, which can be
 near 0 by luck, their *late* counts too; a loss may always differ by its last bit in fp32), and stock's held-out loss fell by
 {1 - LEARNED:.0%} or more: see `judge` in `tests/convergence/measure.py`. What that finds, `tests/test_convergence.py` shows on a small
 model in fp32: a wrong eps, a loss that is off by 1 %, a lost gradient, and a base of the rotary angles that is off by 1 %. In bf16 its own
@@ -108,7 +109,7 @@ def _section(stem: str, sheet: Sheet) -> str:
     bits = "gives the same bits in every model" if not again else f"does not give the same bits for {', '.join(again)}"
     luck = max(map(spread, results), default=0.0)
     parts.append(
-        f"{good} of {len(results)} pass. Stock, run again, {bits}. No yardstick is more than {luck:.1f} times the largest of the other two,"
+        f"{good} of {len(results)} pass. Stock, run again, {bits}. No yardstick is more than {luck:.1f} times the largest of the others,"
         f" in any measure. Each pair is patched / the largest yardstick.\n\n{_verdicts(results)}"
     )
     if sheet.failed:
