@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -56,6 +60,31 @@ class Rank(NamedTuple):
             dist.all_gather(every, t.contiguous())
             for other in every:
                 assert_same_bits([t.contiguous()], [other], "what another rank has")
+
+
+SECONDS = 240  # after which ranks that have not come back are given up
+
+
+def together(work: Callable[[int, int, str, str], None], size: int, where: Path, kind: str) -> list[dict[tuple[str, str], Any]]:
+    """What each rank found, in files called by their numbers. Ranks are forked from a process that has imported all there is to import.
+
+    Each by itself would spend most of its time on that. Whoever has touched a GPU must not fork: there, they do.
+    """
+    start = "spawn" if kind == "cuda" else "forkserver"
+    if start == "forkserver":
+        multiprocessing.get_context(start).set_forkserver_preload(
+            ["tests.conftest", "tests.liger_fn.test_vocab_parallel", "tests.shards_distill", "torch._dynamo"]
+        )
+    ranks = mp.start_processes(work, (size, str(where), kind), size, join=False, start_method=start)
+    end = time.monotonic() + SECONDS
+    try:
+        while not ranks.join(timeout=5):
+            assert time.monotonic() < end, f"{size} ranks are not done after {SECONDS} s"
+    finally:
+        for process in ranks.processes:
+            if process.is_alive():
+                process.kill()
+    return [torch.load(where / str(rank)) for rank in range(size)]
 
 
 def inputs(on: Rank, rows: int = 9, bias: bool = True) -> dict[str, Any]:

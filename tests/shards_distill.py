@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,13 +12,11 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -33,7 +30,6 @@ from tests.shards import Rank
 H, V = 24, 100
 DIVERGENCES = ("kl", "reverse_kl", "jsd", "tvd")
 SHARDED = ("weight", "bias", "weight_teacher", "bias_teacher")
-SECONDS = 240  # after which ranks that have not come back are given up
 op, base = liger_fn.vocab_parallel_linear_distill, liger_fn.linear_distill
 
 
@@ -321,17 +317,3 @@ def work(rank: int, size: int, where: str, kind: str) -> None:
     torch.save(found, f"{where}/{rank}")
     dist.barrier()
     dist.destroy_process_group()
-
-
-def together(size: int, where: Path, kind: str) -> list[dict[tuple[str, str], str | None]]:
-    """What each rank found."""
-    ranks = mp.spawn(work, (size, str(where), kind), size, join=False)
-    end = time.monotonic() + SECONDS
-    try:
-        while not ranks.join(timeout=5):
-            assert time.monotonic() < end, f"{size} ranks are not done after {SECONDS} s"
-    finally:
-        for process in ranks.processes:
-            if process.is_alive():
-                process.kill()
-    return [torch.load(where / str(rank)) for rank in range(size)]

@@ -135,13 +135,13 @@ def test_the_logits_never_exist(backend: str, reduction: str, device: torch.devi
             largest = max(largest, out.numel() if isinstance(out, Tensor) else 0)
             return out
 
-    x, weight, target = inputs(device, rows=400)
+    x, weight, target = inputs(device, rows=100)
     options = {"reduction": reduction, "memory_budget": 16 * V * 4}
     with Watch():
         _, residuals = liger_fn.linear_cross_entropy.fwd(x, weight, target, **options)
-        dy = torch.ones(400 if reduction == "none" else (), device=device)
+        dy = torch.ones(100 if reduction == "none" else (), device=device)
         liger_fn.linear_cross_entropy.bwd(residuals, dy)
-    assert x.numel() <= largest < 400 * V
+    assert x.numel() <= largest < 100 * V
 
 
 FUSED = {"z_loss": 0.01, "logit_scale": 0.5, "temperature": 0.8}

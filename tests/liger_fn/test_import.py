@@ -57,13 +57,15 @@ def test_without_triton(interpret: str) -> None:
     run("HIDDEN = ('triton', 'transformers')\n" + textwrap.dedent(EVERY_OP), TRITON_INTERPRET=interpret)
 
 
-def test_transformers_is_not_imported() -> None:
-    run("import sys, liger_fn; assert not {'transformers', 'liger_nn', 'liger_patch', 'numpy.testing'} & set(sys.modules)")
-
-
-def test_import_leaves_the_gpu_alone() -> None:
-    """No context is made before the first call: processes fork, and choose their device, after importing."""
-    run("import torch, liger_fn; assert not torch.cuda.is_initialized()")
+def test_import_leaves_others_and_the_gpu_alone() -> None:
+    """What is not needed is not imported; and no context is made before the first call: processes fork, and choose a device, afterwards."""
+    run("""
+        import sys, liger_fn
+        others = {'transformers', 'liger_nn', 'liger_patch', 'numpy.testing'} & set(sys.modules)
+        assert not others, others
+        import torch
+        assert not torch.cuda.is_initialized()
+    """)
 
 
 def test_every_op_has_a_table() -> None:

@@ -6,7 +6,6 @@ is judged here; the other checks say on each rank whether they hold.
 
 from __future__ import annotations
 
-import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import liger_fn
 from tests import cases
@@ -27,10 +25,9 @@ from tests.cases import BF16, FP16, FP32, Case, Table
 from tests.contract import Contract, wrong
 from tests.numerics import assert_near, assert_same_bits
 from tests.sample import Sample, Tensors, flat
-from tests.shards import LONG, SAYS, Rank
+from tests.shards import LONG, SAYS, Rank, together
 
 SIZES = (2, 3)
-SECONDS = 240  # after which ranks that have not come back are given up
 
 shard_errors = (
     wrong("start-alone", ValueError, "vocab_start and vocab_size must come together", "vocab_start=3", vocab_start=3),
@@ -171,20 +168,6 @@ def attempt(check: Callable[[], Any]) -> Any:
         return traceback.format_exc()
 
 
-def together(size: int, where: Path, kind: str) -> list[dict[tuple[str, str], Any]]:
-    """What each rank found."""
-    ranks = mp.spawn(work, (size, str(where), kind), size, join=False)
-    end = time.monotonic() + SECONDS
-    try:
-        while not ranks.join(timeout=5):
-            assert time.monotonic() < end, f"{size} ranks are not done after {SECONDS} s"
-    finally:
-        for process in ranks.processes:
-            if process.is_alive():
-                process.kill()
-    return [torch.load(where / str(rank)) for rank in range(size)]
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[tuple[str, str], Any]]]:
     """What so many ranks found; they are started once."""
@@ -194,7 +177,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict
     @cache
     def once(size: int) -> Any:
         try:
-            return together(size, tmp_path_factory.mktemp("ranks"), "cpu")
+            return together(work, size, tmp_path_factory.mktemp("ranks"), "cpu")
         except Exception as error:
             return error
 
@@ -240,6 +223,6 @@ def test_holds_on_every_rank(found: Found, size: int, kind: str, check: str) -> 
 @pytest.mark.multi_gpu
 def test_on_two_gpus(tmp_path: Path) -> None:
     """Everything above with NCCL and compiled kernels. (The draws of a GPU are its own: values are judged on each rank only.)"""
-    for rank, every in enumerate(together(2, tmp_path, "cuda")):
+    for rank, every in enumerate(together(work, 2, tmp_path, "cuda")):
         for (name, backend), said in every.items():
             assert not isinstance(said, str), f"{name}, {backend}, rank {rank}: {said}"

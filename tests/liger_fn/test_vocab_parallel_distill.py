@@ -24,7 +24,8 @@ from tests.cases import BF16, FP32
 from tests.contract import Contract, wrong
 from tests.numerics import assert_near, assert_same_bits
 from tests.sample import Sample
-from tests.shards_distill import DIVERGENCES, backends, checks, together
+from tests.shards import together
+from tests.shards_distill import DIVERGENCES, backends, checks, work
 
 SIZES = (2, 3)
 
@@ -128,7 +129,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     @cache
     def once(size: int) -> Any:
         try:
-            return together(size, tmp_path_factory.mktemp("ranks"), "cpu")
+            return together(work, size, tmp_path_factory.mktemp("ranks"), "cpu")
         except Exception as error:
             return error
 
@@ -150,6 +151,6 @@ def test_holds_on_every_rank(found: Found, size: int, kind: str, check: str) -> 
 @pytest.mark.multi_gpu
 def test_on_two_gpus(tmp_path: Path) -> None:
     """Everything above with NCCL and compiled kernels."""
-    for rank, every in enumerate(together(2, tmp_path, "cuda")):
+    for rank, every in enumerate(together(work, 2, tmp_path, "cuda")):
         for (name, backend), said in every.items():
             assert said is None, f"{name}, {backend}, rank {rank}: {said}"

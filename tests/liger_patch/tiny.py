@@ -35,14 +35,30 @@ SIZES: dict[str, int] = {
     # towers
     "image_size": 16, "patch_size": 8, "num_channels": 3, "depth": 2, "num_heads": 4, "embed_dim": 32, "out_hidden_size": 32,
     "projection_dim": 32,
+    # what one type alone has
+    "encoder_hash_byte_group_vocab": 64, "hidden_size_global": 32, "pronunciation_embed_dim": 16, "pronunciation_vocab_size": VOCAB,
+    "shape_embed_dim": 16, "shape_vocab_size": VOCAB, "projector_input_dim": 32, "projector_output_dim": 32, "nemo_conv_channels": 32,
+    "ext_pw_out_channel": 32, "num_blocks": 2, "mlp_dim": 64, "dim_ff": 64, "dim_head": 8, "dff": 64, "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2, "swa_head_dim": 8, "o_lora_rank": 16, "shared_intermediate_size": 64, "dense_intermediate_size": 64,
+    "input_embedding_size": 48, "output_embedding_size": 40, "router_hidden_size": 32, "zero_expert_num": 4,
 }  # fmt: skip
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "decoder_layers", "encoder_layers", "depth")
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 SPECIAL: dict[str, dict[str, Any]] = {
     **{name: {"rope_parameters": ROPE} for name in ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text")},
     "glm4v_moe_text": {"rope_parameters": ROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1, "num_experts": 4},
-    "dots3_note_text": {"num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8},
+    "dots3_note_text": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        **{f"swa_{name}": 4 for name in ("num_attention_heads", "num_key_value_heads")},
+        **{f"swa_{name}": 16 for name in ("q_lora_rank", "kv_lora_rank", "head_dim")},
+        **{f"swa_{name}": 8 for name in ("qk_nope_head_dim", "v_head_dim")},
+    },
+    "distilbert": {"hidden_dim": 64},
     "deepseek_v2": {"num_experts_per_tok": 2},
     # numbers that multiply by 1 unless a configuration says otherwise
     **{name: {"logits_scaling": 3.0} for name in ("granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared")},
@@ -66,14 +82,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(model_type: str) -> PreTrainedConfig:
+def config_of(model_type: str, *, layers: int = 2) -> PreTrainedConfig:
     """The tiny configuration of a type."""
-    return _small(CONFIG_MAPPING[model_type](), SPECIAL.get(model_type, {}))
+    return _small(CONFIG_MAPPING[model_type](), SPECIAL.get(model_type, {}), layers)
 
 
-def _small(config: PreTrainedConfig, special: dict[str, Any]) -> PreTrainedConfig:
+def _small(config: PreTrainedConfig, special: dict[str, Any], least: int) -> PreTrainedConfig:
     sizes: dict[str, Any] = {}
-    for name, value in SIZES.items():
+    for name, value in (SIZES | dict.fromkeys(LAYERS, least)).items():
         try:
             now = getattr(config, name)
         except Exception:
@@ -81,11 +97,11 @@ def _small(config: PreTrainedConfig, special: dict[str, Any]) -> PreTrainedConfi
         if isinstance(now, int):
             sizes[name] = value
     inner = {name: value for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)}
-    sizes |= {name: _small(value, SPECIAL.get(value.model_type, {})) for name, value in inner.items()}
+    sizes |= {name: _small(value, SPECIAL.get(value.model_type, {}), least) for name, value in inner.items()}
     layers = vars(config).get("layer_types")
     if isinstance(layers, (list, tuple)) and layers:
         kinds = list(dict.fromkeys(layers))
-        sizes["num_hidden_layers"] = max(2, len(kinds))
+        sizes["num_hidden_layers"] = max(least, len(kinds))
         sizes["layer_types"] = (2 * kinds)[: sizes["num_hidden_layers"]]
     if "kv_lora_rank" in sizes:  # every head has keys of its own
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
@@ -116,20 +132,21 @@ WITHIN = {
 }  # fmt: skip
 
 
-def build(model_type: str, *, seed: int = 0) -> PreTrainedModel:
+def build(model_type: str, *, seed: int = 0, layers: int = 2) -> PreTrainedModel:
     """The causal LM of a type, its model of images and text, or its base model, whichever there is first; in training mode.
 
+    It has so many layers, or more where they are of more kinds.
     A release of transformers that has no such type skips the test that wants one.
     """
     if WITHIN.get(model_type, model_type) not in CONFIG_MAPPING and transformers.__version__ != PINNED:
         pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     if model_type in WITHIN:
-        whole = build(WITHIN[model_type], seed=seed)
+        whole = build(WITHIN[model_type], seed=seed, layers=layers)
         found = [m for m in whole.modules() if isinstance(m, PreTrainedModel) and m.config.model_type == model_type]
         if not found and transformers.__version__ != PINNED:
             pytest.skip(f"transformers {transformers.__version__} has no {model_type} in {WITHIN[model_type]}")
         return found[0]
-    config = config_of(model_type)
+    config = config_of(model_type, layers=layers)
     torch.manual_seed(seed)
     causal = ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     names = (
