@@ -13,6 +13,11 @@ from .layer_norm import layer_norm
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_distill import linear_distill
 from .linear_log_prob import linear_log_prob
+from .moe_experts import moe_experts
+from .moe_losses import moe_load_balancing_loss, moe_z_loss
+from .moe_permute import moe_permute
+from .moe_router import moe_router
+from .moe_unpermute import moe_unpermute
 from .relu_squared import relu_squared
 from .rms_norm import rms_norm
 from .rope import rope, rope_complex
@@ -33,6 +38,12 @@ __all__ = [
     "linear_cross_entropy",
     "linear_distill",
     "linear_log_prob",
+    "moe_experts",
+    "moe_load_balancing_loss",
+    "moe_permute",
+    "moe_router",
+    "moe_unpermute",
+    "moe_z_loss",
     "reglu",
     "relu_squared",
     "rms_norm",

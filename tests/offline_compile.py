@@ -59,7 +59,8 @@ def launches(table: Table, case: Case, dtype: torch.dtype) -> list[_launch.Launc
     with ranks(table.ranks), liger_fn.use_backend("triton"), _launch.record() as made, torch.no_grad():
         y = op(**inputs, **case.options)
         _, residuals = op.fwd(**inputs, **case.options)
-        dy = tuple(map(torch.empty_like, flat(y))) if isinstance(y, tuple) else torch.empty_like(y)
+        dy = tuple(map(torch.empty_like, flat(y)))
+        dy = dy if op.n_out > 1 else dy[0]
         for needs in dict.fromkeys((tuple(present), *alone)):
             op.bwd(residuals, dy, needs=needs)
     return made

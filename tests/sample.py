@@ -70,8 +70,10 @@ class Sample:
 
 
 def flat(out: Any) -> Tensors:
-    """The tensors of what an op returned: one, a tuple, or a tuple of tuples."""
-    return tuple(t for part in out for t in flat(part)) if isinstance(out, tuple) else (out,)
+    """The tensors of what an op returned, one, a tuple, or a tuple of tuples: those that have gradients, and no integers."""
+    if isinstance(out, tuple):
+        return tuple(t for part in out for t in flat(part))
+    return (out,) if out.is_floating_point() else ()
 
 
 def gradients(f: Fn, tensors: Sequence[Tensor], cots: Sequence[Tensor]) -> tuple[Tensors, Tensors]:

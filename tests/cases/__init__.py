@@ -8,6 +8,9 @@ from .distill import LINEAR_DISTILL
 from .glu import GEGLU, GEGLU_PACKED, REGLU, RELU_SQUARED, SWIGLU, SWIGLU_MLP, SWIGLU_PACKED
 from .group_norm import GROUP_NORM
 from .losses import ACCUMULATE, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, LINEAR_LOG_PROB, REDUCTIONS, SMALL_BUDGET, SOFTMAX
+from .moe import MOE_LOAD_BALANCING_LOSS, MOE_ROUTER, MOE_Z_LOSS
+from .moe_experts import MOE_EXPERTS
+from .moe_permute import MOE_PERMUTE, MOE_UNPERMUTE
 from .norms import ADD_RMS_NORM, LAYER_NORM, RMS_NORM
 from .rope import ROPE
 from .table import BF16, FP16, FP32, FP64, HALVES, IGNORED, Case, Inputs, Maker, Table
@@ -33,6 +36,12 @@ TABLES = {
         LINEAR_LOG_PROB,
         LINEAR_DISTILL,
         SOFTMAX,
+        MOE_EXPERTS,
+        MOE_PERMUTE,
+        MOE_UNPERMUTE,
+        MOE_ROUTER,
+        MOE_LOAD_BALANCING_LOSS,
+        MOE_Z_LOSS,
         VOCAB_PARALLEL_LINEAR_CROSS_ENTROPY,
         VOCAB_PARALLEL_LINEAR_LOG_PROB,
         VOCAB_PARALLEL_LINEAR_DISTILL,
@@ -56,6 +65,12 @@ __all__ = [
     "LINEAR_CROSS_ENTROPY",
     "LINEAR_DISTILL",
     "LINEAR_LOG_PROB",
+    "MOE_EXPERTS",
+    "MOE_LOAD_BALANCING_LOSS",
+    "MOE_PERMUTE",
+    "MOE_ROUTER",
+    "MOE_UNPERMUTE",
+    "MOE_Z_LOSS",
     "REDUCTIONS",
     "REGLU",
     "RELU_SQUARED",
