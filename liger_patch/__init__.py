@@ -18,13 +18,14 @@ from ._apply import auto, patched, plan, revert
 from ._errors import PatchError
 from ._registry import register, supported
 from ._report import Report, Row
-from ._spec import GLU, Arch, Head, Norm, Rope
+from ._spec import GLU, Arch, Experts, Head, Norm, Rope
 from ._suggest import Suggestion, suggest
 from ._verify import verify
 
 __all__ = [
     "GLU",
     "Arch",
+    "Experts",
     "Head",
     "Norm",
     "PatchError",

@@ -17,7 +17,7 @@ from ._spec import OPS
 
 SHORT = {
     "rms_norm": "RMSNorm", "layer_norm": "LayerNorm", "swiglu": "SwiGLU", "geglu": "GeGLU", "reglu": "ReGLU", "relu_squared": "ReLU²",
-    "rope": "RoPE", "linear_cross_entropy": "linear CE", "cross_entropy": "CE",
+    "rope": "RoPE", "experts": "experts", "linear_cross_entropy": "linear CE", "cross_entropy": "CE",
 }  # fmt: skip
 PAGE = """# Architectures
 
@@ -29,7 +29,7 @@ their output layer. Every cell is proved twice: on the model at hand, by `auto`,
 be the original's, and undone bit for bit.
 
 A model of several parts is described by the entries of all of them: a vision-language model has its own row for the output layer, one for
-its language model and one for its tower. "stock" in the last column: a mixture's experts run as they are.
+its language model and one for its tower. "stock" under experts: a mixture's experts run as they are.
 
 No column shows `causal_mask`, which no entry names: every model whose masks are made by transformers' own functions is spared them in
 training, where neither positions nor a mask are given and attention runs by `sdpa`.
@@ -40,10 +40,10 @@ training, where neither positions nor a mask are given and attention runs by `sd
 def table() -> list[tuple[str, ...]]:
     """A line for each type, under a heading."""
     shown = [op for op in OPS if op in SHORT]
-    lines = [("type", *(SHORT[op] for op in shown), "experts")]
+    lines = [("type", *(SHORT[op] for op in shown))]
     for model_type, ops in _registry.supported().items():
-        arch = _registry.entry(model_type, "table")
-        lines.append((model_type, *("✓" if op in ops else "" for op in shown), "stock" if arch.experts else ""))
+        stock = {"experts"} if _registry.entry(model_type, "table").experts else set()
+        lines.append((model_type, *("✓" if op in ops else "stock" if op in stock else "" for op in shown)))
     return lines
 
 

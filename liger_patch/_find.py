@@ -20,13 +20,15 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from . import _proof
 from ._errors import PatchError
+from ._experts import ExpertsForward, ScaledExpertsForward, activation, users_choice, why_not
 from ._head import CausalLMForward, CausalLMLoss, HeadForward, has_backward_hooks, is_sharded, multiplies_itself, output_layer
 from ._mask import MaskForward, names_read
 from ._modules import PACKED, SEPARATE, GLUForward, NormForward, act_of, is_hooked
+from ._proof_experts import prove_experts
 from ._registry import known
 from ._report import ALREADY, FAILED, LEFT, PLANNED, Row
 from ._rope import RopeForward
-from ._spec import GLU, GLU_OPS, OPS, Arch, Head, Norm, Rope
+from ._spec import GLU, GLU_OPS, OPS, Arch, Experts, Head, Norm, Rope
 from ._swap import Forward, Swap, installed, is_stock
 from ._view import uses_global
 
@@ -99,8 +101,8 @@ def find(root: PreTrainedModel, arch: Arch, asked: Mapping[str, bool]) -> list[F
         if part.ropes:
             finds += _rope(places, root, part.ropes, asked)
         finds += _masks(places, root, arch, asked)
-        named = [(path, type(module).__name__) for path, module in places if type(module).__name__ == part.experts]
-        finds += [Find(Row(path, "experts", name, name, LEFT, "there is no function for experts yet")) for path, name in named]
+        if part.experts is not None:
+            finds += _modules(places, root, "experts", part.experts.class_name, asked, partial(_experts, spec=part.experts))
     if arch.head is not None:
         finds += _head(root, arch.head, asked)
     return sorted(finds, key=lambda find: OPS.index(find.row.op))
@@ -203,6 +205,22 @@ def _glu(module: Any, spec: GLU) -> GLUForward | str:
         config = getattr(getattr(module, "config", None), "hidden_act", "?")
         return f"its {spec.act_fn} is {_title(function)} (hidden_act={config!r}), there are functions for {', '.join(served)}"
     return GLUForward(module, spec, act)
+
+
+def _experts(module: Any, spec: Experts) -> ExpertsForward | str:
+    if spec.stock:
+        return Left(spec.stock)
+    inner = module.experts if spec.scaled else module
+    if len(inspect.signature(type(module).forward).parameters) != (2 if spec.scaled else 4):
+        return "its forward does not take hidden states, the chosen experts and their weights"
+    if why := why_not(inner, spec):
+        return why
+    if why := users_choice(inner):
+        return Left(why)
+    act = activation(inner, spec)
+    if act is None:
+        return f"its act_fn is {_title(getattr(inner, 'act_fn', None))}, which liger_fn.moe_experts does not know"
+    return (ScaledExpertsForward if spec.scaled else ExpertsForward)(module, spec, act)
 
 
 # --- the rotary function ----------------------------------------------------------------------------------------------------------------
@@ -340,6 +358,10 @@ def _proof_of(swap: Swap, root: nn.Module) -> tuple[Callable[[], None], Hashable
     if isinstance(swap, GLUForward):
         numbers = tuple(getattr(module, name) for name in (swap.spec.gate_multiplier, swap.spec.down_multiplier) if name)
         return lambda: _proof.prove_glu(swap, at), (swap.op, *like, swap.spec, type(swap.act_fn), numbers)
+    if isinstance(swap, ExpertsForward):
+        inner = module.experts if swap.spec.scaled else module
+        numbers = tuple(getattr(inner, name) for name in (swap.spec.limit, swap.spec.alpha) if name)
+        return lambda: prove_experts(swap, at), (swap.op, *like, swap.spec, swap.act, numbers)
     if isinstance(swap, MaskForward):
         return lambda: _proof.prove_mask(swap), (swap.op, *like, swap.names)
     assert isinstance(swap, RopeForward)

@@ -272,6 +272,8 @@ def prove_head(root: PreTrainedModel, spec: Head, head: bool, cross_entropy: boo
     layer = output_layer(root, spec)
     dtype, device = where(layer)
     vocab, hidden = int(root.config.get_text_config().vocab_size), 32
+    takes = inspect.signature(type(root).forward).parameters
+    alone = {"output_router_logits": False} if "output_router_logits" in takes else {}  # of a mixture: their loss needs those
 
     def run(patched: bool, training: bool, **extra: Any) -> Run:
         def values(held: torch.dtype) -> Mapping[str, Tensor]:
@@ -283,7 +285,7 @@ def prove_head(root: PreTrainedModel, spec: Head, head: bool, cross_entropy: boo
                 install_head(twin, spec, head, cross_entropy)
             labels = torch.randint(vocab, (BATCHES, 2, TOKENS), generator=torch.Generator().manual_seed(3), device="cpu").to(device)
             labels[:, 0, 1] = extra.get("ignore_index", -100)
-            outputs = [twin.forward(input_ids=each, labels=each, **extra) for each in labels]
+            outputs = [twin.forward(input_ids=each, labels=each, **extra, **alone) for each in labels]
             if patched and head and training and not all(carried(output.logits) for output in outputs):
                 raise Disagreement("what the model does between its output layer and its loss is not what the entry says")
             losses = torch.stack([output.loss for output in outputs])

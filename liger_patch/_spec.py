@@ -125,6 +125,32 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """All experts of a layer of a mixture, in weights of three axes, replaced by `liger_fn.moe_experts`. The router stays as it is.
+
+    How its weights lie, and whether there are biases and a gate, each module says itself (`is_transposed`, `is_concatenated`, `has_bias`,
+    `has_gate`); its activation, `act_fn`, is looked at.
+
+    Args:
+        class_name: the module's class; subclasses of it match too.
+        act: what `liger_fn.moe_experts` calls the activation, where the module has no `act_fn`.
+        limit: where the module holds the number that gate and up are clamped to. alpha: likewise, what scales the gate in its sigmoid.
+        identity: choices beyond the experts give back what they are given.
+        scaled: the class is that of the layer around the experts, with `router`, `experts` and `shared_expert`, whose router scales what an
+            expert is given, as in Llama 4.
+        stock: why there is no function for these experts; they are left as they are.
+    """
+
+    class_name: str
+    act: Literal["silu", "clamped_swiglu"] | None = None
+    limit: str | None = None
+    alpha: str | None = None
+    identity: bool = False
+    scaled: bool = False
+    stock: str = ""
+
+
+@dataclass(frozen=True)
 class Arch:
     """A registry entry: what in a model type is replaced, and by what. What it does not name is left stock.
 
@@ -134,7 +160,7 @@ class Arch:
     Args:
         model_type: `model.config.model_type`.
         norm: its norms, one or several. mlp: its MLPs. rope: its rotary functions. head: its output layer and loss.
-        experts: the class of its experts, if it is a mixture. There is no function for them yet: a report says that they are stock.
+        experts: those of a mixture.
     """
 
     model_type: str
@@ -142,7 +168,7 @@ class Arch:
     mlp: GLU | tuple[GLU, ...] | None = None
     rope: Rope | tuple[Rope, ...] | None = None
     head: Head | None = None
-    experts: str | None = None
+    experts: Experts | None = None
 
     @property
     def norms(self) -> tuple[Norm, ...]:
@@ -160,5 +186,6 @@ class Arch:
         """The operations that this entry replaces, in the order of `OPS`."""
         has = {norm.op for norm in self.norms} | {mlp.op for mlp in self.mlps}
         has |= {"rope"} if self.ropes else set()
+        has |= {"experts"} if self.experts and not self.experts.stock else set()
         has |= {"linear_cross_entropy", "cross_entropy"} if self.head else set()
         return (op for op in OPS if op in has)

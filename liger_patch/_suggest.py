@@ -18,14 +18,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import _proof
-from ._find import Places, _glu, _norm, causal_lm, parts
+from ._find import Places, _experts, _glu, _norm, causal_lm, parts
 from ._modules import NormForward, act_of
 from ._proof import Disagreement
+from ._proof_experts import prove_experts
 from ._rope import KINDS, RopeForward
-from ._spec import GLU, Arch, Head, Norm, Rope
+from ._spec import GLU, Arch, Experts, Head, Norm, Rope
 from ._view import globals_of
 
-Part = TypeVar("Part", Norm, GLU, Rope, Head)
+Part = TypeVar("Part", Norm, GLU, Rope, Experts, Head)
 CAPS = ("config.final_logit_softcapping", "config.final_logits_softcapping", "config.logits_soft_cap", "config.output_logit_softcap")
 SCALES = ("logit_scale", "config.logit_scale", "config.logits_scaling", "config.lm_head_multiplier")
 
@@ -76,10 +77,10 @@ def suggest(model: nn.Module) -> Suggestion:
     mlps = {name: mlp for name, module in classes.items() if (mlp := _first(_mlps(name, module)))}
     ropes = list(_ropes(places))
     head = _first(_heads(root)) if isinstance(root, PreTrainedModel) else None
-    experts = next((name for name in classes if name.endswith("Experts")), None)
+    experts = next((found for name, module in classes.items() if (found := _first(_mixtures(name, module)))), None)
     described = {"norm": _few(norms.values()), "mlp": _few(mlps.values()), "rope": _few(ropes), "experts": experts}
     arch = Arch(root.config.model_type, head=head, **described)
-    named = {*norms, *mlps, "Linear", "Embedding"}
+    named = {*norms, *mlps, "Linear", "Embedding"} | ({experts.class_name} if experts else set())
     left = [n for n, module in classes.items() if n not in named and (module._parameters or "Norm" in n or "MLP" in n)]
     return Suggestion(arch, tuple(left))
 
@@ -160,6 +161,20 @@ def _mlps(name: str, module: nn.Module) -> Iterator[tuple[GLU, Any]]:
             swap = _glu(module, spec)
             if not isinstance(swap, str):
                 yield spec, partial(_proof.prove_glu, swap, _proof.where(module))
+
+
+def _mixtures(name: str, module: nn.Module) -> Iterator[tuple[Experts, Any]]:
+    if not any(parameter.dim() == 3 for parameter in module._parameters.values() if parameter is not None):
+        return
+    numbers = [n for n, value in vars(module).items() if isinstance(value, float)]
+    limits, alphas = ([n for n in numbers if word in n] for word in ("limit", "alpha"))
+    specs = [Experts(name), Experts(name, act="silu")]
+    specs += [Experts(name, act, limit=limit) for act in (None, "silu") for limit in limits]
+    specs += [Experts(name, "clamped_swiglu", limit=limit, alpha=alpha) for limit in limits for alpha in alphas]
+    for spec in specs:
+        swap = _experts(module, spec)
+        if not isinstance(swap, str):
+            yield spec, partial(prove_experts, swap, _proof.where(module))
 
 
 def _numbers(module: nn.Module, name: str) -> list[str]:

@@ -64,6 +64,8 @@ def test_no_type_has_two_entries() -> None:
         ("falcon_h1", _registry.known("falcon_h1")),
         ("nemotron", _registry.known("nemotron")),
         ("gpt_oss", _registry.known("gpt_oss")),
+        ("qwen3_moe", _registry.known("qwen3_moe")),
+        ("deepseek_v4", _registry.known("deepseek_v4")),
         ("modernbert", _registry.known("modernbert")),
     ],
 )
@@ -115,7 +117,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "gpt_oss"]) == 0
     out = capsys.readouterr().out
     assert "liger_fn.rope" in out
-    assert "left: there is no function for experts yet" in out
+    assert "liger_fn.moe_experts" in out
     assert main(["explain", "lama"]) == 1
     assert "Near to it: llama" in capsys.readouterr().err
     assert main(["explain", "qwen2_vl_vision"]) == 0

@@ -1,0 +1,157 @@
+"""The experts of mixtures: whose choice counts, what the registry says of them, and models whose layers are called in other ways."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+import liger_fn
+import liger_patch
+from liger_patch import Arch, Experts, PatchError, _registry
+from liger_patch._experts import ExpertsForward
+from tests.liger_patch.test_archs import inputs, logits_of, loss_of, same_gradients
+from tests.liger_patch.tiny import build
+
+BARE = dict.fromkeys(("rms_norm", "layer_norm", "swiglu", "relu_squared", "rope", "linear_cross_entropy", "cross_entropy"), False)
+
+
+def patched(model: PreTrainedModel) -> list[Any]:
+    return [row for row in liger_patch.auto(model) if row.op == "experts"]
+
+
+def layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(vars(module).get("forward"), ExpertsForward)]
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "olmoe", "granitemoe"])
+def test_the_routers_loss_is_unchanged(model_type: str) -> None:
+    """It comes from logits that stay as they were, and its gradient reaches the router beside that of the experts' weights."""
+    stock = build(model_type)
+    stock.config.output_router_logits = True
+    model = copy.deepcopy(stock)
+    assert {row.status for row in patched(model)} == {"patched"}
+    ours, theirs = (m(**inputs(m)) for m in (model, stock))
+    torch.testing.assert_close(ours.aux_loss, theirs.aux_loss)
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=2e-6, atol=2e-6)
+    same_gradients(model, ours.loss, stock, theirs.loss)
+
+
+def test_a_layer_that_scales_its_inputs_chooses_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 4 chooses one expert; its code takes any number."""
+    stock = build("llama4_text")
+    for module in stock.modules():
+        if hasattr(module, "top_k"):
+            module.top_k = 3
+    model, called = copy.deepcopy(stock), []
+    monkeypatch.setattr(liger_fn, "moe_experts", lambda *args, original=liger_fn.moe_experts, **k: called.append(0) or original(*args, **k))
+    rows = patched(model)
+    called.clear()
+    assert [(row.was, row.now, row.status) for row in rows] == [("Llama4TextMoe", "liger_fn.moe_experts", "patched")] * len(rows)
+    same_gradients(model, loss_of(model, **inputs(model)), stock, loss_of(stock, **inputs(stock)))
+    assert len(called) == len(rows) == 2
+
+
+def test_a_choice_beyond_the_experts_adds_nothing() -> None:
+    """Expert parallelism marks those so that live elsewhere."""
+    model = build("mixtral")
+    model.set_experts_implementation("eager")  # products in groups leave such rows as they find them
+    experts = next(module for module in model.modules() if type(module).__name__ == "MixtralExperts")
+    x, weight = torch.randn(5, experts.hidden_dim), torch.rand(5, 2)
+    index = torch.tensor([[0, 1], [1, 4], [4, 4], [3, 2], [2, 4]])
+    want = experts(x, index, weight)
+    patched(model)
+    assert layers(model)
+    torch.testing.assert_close(experts(x, index, weight), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(experts(hidden_states=x, top_k_weights=weight, top_k_index=index), want, rtol=1e-5, atol=1e-6)
+    assert torch.equal(experts(x, index, weight)[2], torch.zeros(experts.hidden_dim))
+
+
+def test_another_way_that_the_user_chose_is_left() -> None:
+    """Before the patch it is left, after it the module runs as it was."""
+    model = build("qwen3_moe")
+    model.config._experts_implementation = "deepgemm"
+    assert [(row.status, row.now) for row in patched(model)] == [("left", "Qwen3MoeExperts")] * 2
+    assert "'deepgemm', as its configuration says" in next(row.why for row in liger_patch.auto(model) if row.op == "experts")
+
+    model = build("qwen3_moe")
+    patched(model)
+    (first, *_) = layers(model)
+    x, index, weight = torch.randn(3, first.hidden_dim), torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1)
+    model.config._experts_implementation = "deepgemm"
+    with pytest.raises(Exception, match=r"(?i)deepgemm|cuda|kernels"):
+        first(x, index, weight)
+
+
+def test_an_activation_that_is_exchanged_later_is_called() -> None:
+    model = build("mixtral")
+    patched(model)
+    (first, *_) = layers(model)
+    x, index, weight = torch.randn(3, first.hidden_dim), torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1)
+    first.act_fn = nn.Tanh()
+    gate, up = (x @ first.gate_up_proj[0].T).chunk(2, -1)
+    torch.testing.assert_close(first(x, index, weight), (gate.tanh() * up) @ first.down_proj[0].T)
+
+
+def test_experts_can_be_left_out_and_put_back() -> None:
+    stock = build("qwen3_moe")
+    model = copy.deepcopy(stock)
+    report = liger_patch.auto(model, experts=False)
+    assert {row.why for row in report if row.op == "experts"} == {"experts=False"}
+    assert not layers(model)
+    assert len(patched(model)) == len(layers(model)) == 2
+    liger_patch.revert(model)
+    assert torch.equal(logits_of(model, inputs(model)), logits_of(stock, inputs(stock)))
+
+
+def test_copies_have_experts_of_their_own() -> None:
+    model = build("gpt_oss")
+    patched(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(vars(module)["forward"].module is module for module in layers(twin))
+        with torch.no_grad():
+            layers(twin)[0].down_proj.zero_()
+        assert not torch.equal(logits_of(twin, inputs(twin)), logits_of(model, inputs(model)))
+
+
+def test_an_entry_that_describes_experts_wrongly_is_found_out() -> None:
+    model = build("gpt_oss")
+    known = _registry.entry("gpt_oss", "test")
+    try:
+        liger_patch.register(Arch("gpt_oss", experts=Experts("GptOssExperts", act="silu", limit="limit")), replace=True)
+        with pytest.raises(PatchError, match=r"off by .* from the original in fp64"):
+            liger_patch.auto(model, **BARE)
+        assert not layers(model)
+    finally:
+        liger_patch.register(known, replace=True)
+
+
+def test_what_no_function_computes_is_left_with_the_reason() -> None:
+    rows = patched(build("jetmoe"))
+    assert {row.status for row in rows} == {"left"}
+    assert {row.why for row in rows} == {"it is one projection of all experts, over tokens that are sorted already"}
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_the_kernels_train_a_mixture(model_type: str) -> None:
+    """By the interpreter on a CPU, loss and gradients are those of plain PyTorch."""
+    stock = build(model_type)
+    model = copy.deepcopy(stock)
+    liger_patch.auto(model, verify=False, **BARE)
+    given = inputs(model)
+    with liger_fn.use_backend("interpreter" if not torch.cuda.is_available() else "triton"):
+        loss = loss_of(model, **given)
+        grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    want = loss_of(stock, **given)
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-5)
+    for name, got, expected in zip(
+        dict(model.named_parameters()), grads, torch.autograd.grad(want, list(stock.parameters()), allow_unused=True), strict=True
+    ):
+        if expected is not None:
+            assert got is not None, name
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()) + 1e-8, msg=name)
