@@ -166,7 +166,7 @@ def _down(
 # --- sums -------------------------------------------------------------------------------------------------------------------------------
 
 
-def _sums(rows: Tensor, place: Tensor, topk_weight: Tensor | None, k: int, out: Tensor) -> None:
+def token_sums(rows: Tensor, place: Tensor, topk_weight: Tensor | None, k: int, out: Tensor) -> None:
     """Write of each token's rows the sum, weighted where weights are given."""
     h = rows.shape[1]
     block = min(1024, next_power_of_2(h))
@@ -222,7 +222,7 @@ def forward(
     _up(x, gate_up, gate_up_bias, gu, h, routing, tiles, how, c)
     rows = x.new_empty(slots, x.shape[1])
     _rows(h, down, down_bias, rows, tiles, c.rows)
-    _sums(rows, routing.place, topk_weight, topk_weight.shape[-1], y)
+    token_sums(rows, routing.place, topk_weight, topk_weight.shape[-1], y)
 
 
 def backward(
@@ -260,4 +260,4 @@ def backward(
     if dx is not None:
         rows = x.new_empty(len(routing.order), x.shape[1])
         _rows(dgu, gate_up.transpose(1, 2), None, rows, tiles, c.dx)
-        _sums(rows, routing.place, None, topk_weight.shape[-1], dx)
+        token_sums(rows, routing.place, None, topk_weight.shape[-1], dx)

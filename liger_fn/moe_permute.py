@@ -20,7 +20,7 @@ from torch import Tensor
 from . import _check
 from ._check import wide
 from ._launch import cdiv, jit, launch, next_power_of_2, rows_and_stride, tl
-from ._moe_launch import _sums
+from ._moe_launch import token_sums
 from ._moe_routing import Routing, plain_route, route
 from ._vjp import Args, Needs, custom_vjp
 
@@ -175,7 +175,7 @@ def spread(x: Tensor, place: Tensor, weight: Tensor | None, rows: Tensor | None,
 
 def gather(rows: Tensor, place: Tensor, weight: Tensor | None, out: Tensor) -> None:
     """Write Σ_j w rows[place] of each token."""
-    _sums(rows.contiguous(), place.view(-1), weight, place.shape[-1], out)
+    token_sums(rows.contiguous(), place.view(-1), weight, place.shape[-1], out)
 
 
 def _outputs(x: Tensor, topk_index: Tensor, num_experts: int, return_aux: bool, needs: Needs) -> tuple[Tensor, Tensor]:
