@@ -212,6 +212,8 @@ def _experts(module: Any, spec: Experts) -> ExpertsForward | str:
         return Left(spec.stock)
     inner = module.experts if spec.scaled else module
     if len(inspect.signature(type(module).forward).parameters) != (2 if spec.scaled else 4):
+        if not hasattr(inner, "down_proj"):  # Aria's were two modules of their own
+            return Left("in this release of transformers its weights are held in another way")
         return "its forward does not take hidden states, the chosen experts and their weights"
     if why := why_not(inner, spec):
         return why
