@@ -113,7 +113,7 @@ def _z_sum_kernel(z_ptr, n_ptr, y_ptr, count_ptr, parts, BLOCK: tl.constexpr):
 
 
 @jit
-def _bwd_kernel(
+def _router_losses_bwd_kernel(
     dy_ptr, x_ptr, m_ptr, known_ptr, dx_ptr, stride, N, T, E, Z: tl.constexpr, EXACT: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import _check
 from ._check import dense, wide
 from ._launch import cdiv, launch, next_power_of_2, processors, rows_and_stride
-from ._moe_loss_kernels import _balance_parts_kernel, _balance_sum_kernel, _bwd_kernel, _z_parts_kernel, _z_sum_kernel
+from ._moe_loss_kernels import _balance_parts_kernel, _balance_sum_kernel, _router_losses_bwd_kernel, _z_parts_kernel, _z_sum_kernel
 from ._vjp import Args, Needs, custom_vjp
 
 EXPERTS = 1024  # at most: a program holds whole tokens
@@ -140,7 +140,7 @@ def _bwd(res: Residuals | ZResiduals, dy: Tensor, needs: Needs, donate: bool) ->
         columns = next_power_of_2(e)
         rows = max(1, BWD_TILE // columns)
         launch(
-            _bwd_kernel, (cdiv(n, rows),), logits.device, dy, x, flags, known.contiguous(), dx, stride, n, t, e,
+            _router_losses_bwd_kernel, (cdiv(n, rows),), logits.device, dy, x, flags, known.contiguous(), dx, stride, n, t, e,
             Z=isinstance(res, ZResiduals), EXACT=logits.dtype is torch.float32, ROWS=rows, BLOCK=columns, num_warps=1,
         )  # fmt: skip
     return (dx,)

@@ -95,9 +95,10 @@ def _profile(rows: Sequence[Step]) -> str:
     shown = [r for r in rows if r.kernels_ms and r.provider in (STOCK, LIGER, OURS, OURS_COMPILE)]
     if not shown:
         return ""
-    cells = []
+    cells, every = [], {r.key: shares(r.kernels_ms) for r in shown}
+    kinds = [name for name in NAMES if any(found[name] for found in every.values())]
     for r in (r for g in groups(shown) for r in g):
-        found = shares(r.kernels_ms)
+        found = {name: every[r.key][name] for name in kinds}
         total = sum(found.values())
         cells.append((r.model, r.shape, r.provider, f"{total:.1f}", *(f"{ms:.1f} ({ms / total:.0%})" for ms in found.values())))
     said = """### Where a step goes
@@ -105,7 +106,7 @@ def _profile(rows: Sequence[Step]) -> str:
 Milliseconds of device time in one step by kind of kernel, and their share. Stock norms, rotary embeddings and gated units are elementwise
 kernels, and count as such. What no patch of such operations can win is matrix products, attention and the optimizer; the rest is left.
 """
-    return f"{said}\n{_table(('model', 'batch', 'provider', 'all', *NAMES), cells)}"
+    return f"{said}\n{_table(('model', 'batch', 'provider', 'all', *kinds), cells)}"
 
 
 def draw(stem: str, steps: Steps, path: Path) -> None:
