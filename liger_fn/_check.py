@@ -102,6 +102,14 @@ def at_least_one(op: str, what: str, size: int) -> None:
         raise ValueError(f"{op}: {what} must have at least 1 element, got {size}")
 
 
+def integers(op: str, name: str, t: Tensor, *, bools: bool = False) -> None:
+    """`t` is a tensor of an integer dtype, or of bool where `bools` says so."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
+    if t.is_floating_point() or t.is_complex() or (t.dtype is torch.bool and not bools):
+        raise TypeError(f"{op}: {name} must be of an integer dtype, got {t.dtype}; convert it with .long()")
+
+
 def classes(op: str, target: Tensor, want: tuple[int, ...], why: str) -> Tensor:
     """`target`, which holds class indices and has the shape `want`, as int64: in a narrow dtype -100 and the vocabulary would wrap."""
     if not isinstance(target, Tensor):

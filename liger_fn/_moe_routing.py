@@ -1,8 +1,8 @@
 r"""From the experts that tokens chose to rows sorted by expert, without the host ever waiting for the device.
 
 A slot is one choice of one token, s = t k + j. Sorted by expert, and by slot within one, slots have places 0 … T k − 1. Rows of expert e
-are places `offsets[e]` to `offsets[e + 1]`. A choice that is no expert (expert parallelism marks absent ones so) comes
-last, without a place.
+are places `offsets[e]` to `offsets[e + 1]`. A choice that is no expert (expert parallelism marks absent ones so) comes last, without a
+place.
 
 A product over sorted rows is cut into tiles of at most m rows of one expert each. How many there are only the device knows, but there are
 never more than `most_tiles`: that many programs are launched, and those without a tile stop at once.

@@ -261,10 +261,7 @@ def _check_weights(
 def _choices(op: str, x: Tensor, topk_index: Tensor, topk_weight: Tensor) -> tuple[Tensor, Tensor]:
     """topk_index and topk_weight, which fit x, as kernels take them."""
     _check.floats(op, "topk_weight", topk_weight)
-    if not isinstance(topk_index, Tensor):
-        raise TypeError(f"{op}: topk_index must be a torch.Tensor, got {type(topk_index).__name__}")
-    if topk_index.is_floating_point() or topk_index.is_complex() or topk_index.dtype is torch.bool:
-        raise TypeError(f"{op}: topk_index must be of an integer dtype, got {topk_index.dtype}; convert it with .long()")
+    _check.integers(op, "topk_index", topk_index)
     k = topk_weight.shape[-1]
     _check.at_least_one(op, "the last axis of topk_weight", k)
     for name, t in (("topk_weight", topk_weight), ("topk_index", topk_index)):

@@ -278,8 +278,5 @@ def _checked(op: str, logits: Tensor, mask: Tensor | None) -> None:
 
 def _integers(op: str, name: str, t: Tensor, logits: Tensor) -> None:
     """`t` is a tensor of an integer dtype, or a mask of bool, where the logits are."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
-    if t.is_floating_point() or t.is_complex() or (t.dtype is torch.bool and name != "mask"):
-        raise TypeError(f"{op}: {name} must be of an integer dtype, got {t.dtype}; convert it with .long()")
+    _check.integers(op, name, t, bools=name == "mask")
     _check.same_device(op, logits, **{name: t})

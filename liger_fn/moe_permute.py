@@ -258,20 +258,11 @@ def moe_permute(x: Tensor, topk_index: Tensor, num_experts: int) -> Args:
     op = "moe_permute"
     _check.floats(op, "x", x)
     _check.at_least_one(op, "the last axis of x", x.shape[-1])
-    index = integers(op, "topk_index", topk_index)
-    _check.at_least_one(op, "the last axis of topk_index", index.shape[-1])
-    _check.shape(op, "topk_index", index, (*x.shape[:-1], index.shape[-1]), "the axes of x but the last, and k choices")
-    _check.same_device(op, x, topk_index=index)
+    _check.integers(op, "topk_index", topk_index)
+    _check.rank(op, "topk_index", topk_index, 1)
+    _check.at_least_one(op, "the last axis of topk_index", topk_index.shape[-1])
+    _check.shape(op, "topk_index", topk_index, (*x.shape[:-1], topk_index.shape[-1]), "the axes of x but the last, and k choices")
+    _check.same_device(op, x, topk_index=topk_index)
     _check.integer(op, "num_experts", num_experts, 1)
-    kernels = index if index.dtype in (torch.int64, torch.int32) else index.long()
+    kernels = topk_index if topk_index.dtype in (torch.int64, torch.int32) else topk_index.long()
     return x, kernels.contiguous(), num_experts, True
-
-
-def integers(op: str, name: str, t: Tensor) -> Tensor:
-    """`t`, of an integer dtype and with an axis."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
-    if t.is_floating_point() or t.is_complex() or t.dtype is torch.bool:
-        raise TypeError(f"{op}: {name} must be of an integer dtype, got {t.dtype}; convert it with .long()")
-    _check.rank(op, name, t, 1)
-    return t

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _check
 from ._check import wide
 from ._vjp import Args, Needs, custom_vjp
-from .moe_permute import Permutation, gather, gathered, integers, spread
+from .moe_permute import Permutation, gather, gathered, spread
 
 
 class Residuals(NamedTuple):
@@ -130,7 +130,9 @@ def moe_unpermute(rows: Tensor, plan: Permutation | Tensor, topk_weight: Tensor 
     op = "moe_unpermute"
     _check.floats(op, "rows", rows)
     _check.optional(op, topk_weight=topk_weight)
-    place = integers(op, "plan", plan.place if isinstance(plan, Permutation) else plan)
+    place = plan.place if isinstance(plan, Permutation) else plan
+    _check.integers(op, "plan", place)
+    _check.rank(op, "plan", place, 1)
     _check.at_least_one(op, "the last axis of plan", place.shape[-1])
     if rows.dim() != 2 or rows.shape[0] != place.numel():
         raise ValueError(

@@ -57,7 +57,7 @@ MOE_EXPERTS = Table(
         Case("silu", experts(8, e=2, k=4, h=40, i=70), dtypes=HALVES, draws=3),
         Case("gpt-oss", experts(8, e=2, k=4, h=20, i=33, bias=True, stored=True, weight=FP32), GPT_OSS, dtypes=HALVES, draws=3),
         Case("vector", experts(e=2, k=8, h=16, i=30), {"packed": "interleaved"}, draws=4, dtypes=(BF16,)),
-        # Of one token, errors of dw are those of two sums in either order: over 256 draws 1.07 of plain PyTorch's, over few anything.
+        # Of one token, dw is one of two orders of the same two sums: which of them errs less is luck over few draws.
         Case("vector-fp32", experts(e=2, k=8, h=16, i=30), {"packed": "interleaved"}, draws=64, dtypes=(FP32,)),
         Case("no-rows", experts(0, e=3, k=2, h=8, i=24)),
         Case("absent", experts(4, 3, e=2, k=4, h=24, i=32, every=2, weight=FP32), draws=2),
