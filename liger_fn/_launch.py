@@ -20,6 +20,7 @@ tl: Any
 try:
     import triton
     import triton.language
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     tl, HAS_TRITON = triton.language, True
 except ImportError:  # Windows, Mac, or a CPU-only install: the reference backend runs, and kernels stay plain functions that nobody calls
@@ -76,19 +77,21 @@ def _current(device: torch.device) -> Callable[[], int] | None:
 
 
 class Plan:
-    """A launch without its tensors: `kernel[grid](*tensors, *numbers, **meta)`, where the tensors' parameters are called `…_ptr`.
+    """A launch without its tensors: `kernel[grid](*tensors, *numbers, **meta)`, where the tensors' parameters are called `…_ptr`; `…_any`
+    where they may be `blocks` too.
 
     Whoever launches the same again keeps the plan (`functools.lru_cache`): it finds the compiled kernel by the dtypes and alignments of the
     tensors alone, and goes to it directly, without asking Triton which one it is.
     """
 
-    __slots__ = ("_ready", "empty", "grid", "kernel", "meta", "numbers")
+    __slots__ = ("_blocks", "_ready", "empty", "grid", "kernel", "meta", "numbers")
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], *numbers: Any, **meta: Any) -> None:
         self.kernel, self.grid, self.numbers, self.meta, self.empty = kernel, grid, numbers, meta, 0 in grid
+        self._blocks = any(name.endswith("_any") for name in kernel.arg_names)
         self._ready: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], None]] = {}
 
-    def __call__(self, device: torch.device, *tensors: Tensor | None) -> None:
+    def __call__(self, device: torch.device, *tensors: Any) -> None:
         """Launch on `device`, which need not be the current one. An empty grid launches nothing."""
         current = _current(device)
         if self.empty or _recorded is not None or current is None:
@@ -100,7 +103,8 @@ class Plan:
                 self(device, *tensors)
             return
         # All that the compiled kernel depends on beside the plan: of each tensor its dtype, and whether 16 divides its address.
-        seen = (index, *[None if t is None else (t.dtype,) if t.data_ptr() % 16 else t.dtype for t in tensors])
+        looked = [getattr(t, "base", t) for t in tensors] if self._blocks else tensors  # what blocks are like, the plan's meta tells
+        seen = (index, *[None if t is None else (t.dtype,) if t.data_ptr() % 16 else t.dtype for t in looked])
         ready = self._ready.get(seen)
         if ready is not None:
             ready(tensors)
@@ -109,7 +113,7 @@ class Plan:
         if NVIDIA and not INTERPRETED:  # elsewhere Triton compiles by more than the alignment of a pointer, or not at all
             self._ready[seen] = self._direct(compiled, index)
 
-    def _slowly(self, tensors: tuple[Tensor | None, ...]) -> None:
+    def _slowly(self, tensors: tuple[Any, ...]) -> None:
         """Not to be launched at all, to be recorded, or interpreted."""
         if self.empty:
             return
@@ -148,7 +152,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
     name = id(kernel)
     n = _leading.get(name)
     if n is None:
-        n = _leading[name] = sum(name.endswith("_ptr") for name in kernel.arg_names)
+        n = _leading[name] = sum(name.endswith(("_ptr", "_any")) for name in kernel.arg_names)
     key = name, grid, args[n:], *meta.values()
     plan = _plans.get(key)
     if plan is None:
@@ -167,6 +171,22 @@ def _hooks() -> tuple[Any, ...]:
 
 
 _HOOKS = _hooks()
+
+
+@cache
+def copies_blocks(device: torch.device) -> bool:
+    """Has `device` an engine that copies blocks of a tensor to shared memory by itself (TMA)? NVIDIA's have since Hopper."""
+    if device.type in ("cpu", "meta"):
+        return HAS_TRITON and ENGINE
+    return HAS_TRITON and NVIDIA and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def blocks(t: Tensor, shape: list[int]) -> Any:
+    """A descriptor by which kernels load blocks of `shape` from `t`, zeros beyond its end; None where device or layout has none."""
+    apart = all(stride > 0 and stride * t.element_size() % 16 == 0 for stride in t.stride()[:-1])
+    if not copies_blocks(t.device) or 0 in t.shape or t.stride(-1) != 1 or t.data_ptr() % 16 or not apart:
+        return None
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), shape)
 
 
 @cache
@@ -194,6 +214,7 @@ def next_power_of_2(n: int) -> int:
 
 
 NVIDIA = not torch.version.hip and not torch.version.xpu
+ENGINE = NVIDIA  # what `copies_blocks` says of a GPU that is not there: of the interpreter's, and of meta tensors'
 MAX_WARPS = 16 if torch.version.hip else 32  # 1024 threads a block, of 64 or 32 to the warp
 
 

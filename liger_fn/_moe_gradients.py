@@ -58,28 +58,30 @@ def _experts_slope_kernel(
 
 
 @jit
-def _some_rows(a_ptr, token_ptr, p, end, n, stride, GATHER: tl.constexpr, MASKED: tl.constexpr, BK: tl.constexpr):
-    """[BK, n]: rows of the places from p on, as they lie or gathered by token."""
+def _some_rows(a_any, token_ptr, p, end, n, n0, stride, BLOCKS: tl.constexpr, MASKED: tl.constexpr, BK: tl.constexpr):
+    """[BK, n]: rows of the places from p on, as they lie or, where there are tokens, gathered."""
     place = p + tl.arange(0, BK)
-    if MASKED:
-        inside = place < end
-        row = tl.where(inside, place, p)
+    inside = place < end
+    if BLOCKS:
+        tile = a_any.load([p, n0])
+        if MASKED:
+            tile = tl.where(inside[:, None], tile, 0.0)
     else:
-        row = place
-    if GATHER:
-        row = tl.load(token_ptr + row)
-    at = (a_ptr + row.to(tl.int64) * stride)[:, None] + n[None, :]
-    if MASKED:
-        tile = tl.load(at, mask=inside[:, None], other=0.0)
-    else:
-        tile = tl.load(at)
+        row = tl.where(inside, place, p) if MASKED else place
+        if token_ptr is not None:
+            row = tl.load(token_ptr + row)
+        at = (a_any + row.to(tl.int64) * stride)[:, None] + n[None, :]
+        if MASKED:
+            tile = tl.load(at, mask=inside[:, None], other=0.0)
+        else:
+            tile = tl.load(at)
     return tile
 
 
 @jit
 def _experts_weight_kernel(
-    a_ptr, b_ptr, token_ptr, offsets_ptr, by_size_ptr, out_ptr, rows, columns, a_stride, b_stride, out_e, out_m, out_n,
-    GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
+    a_any, b_any, a_token_ptr, b_token_ptr, offsets_ptr, by_size_ptr, out_ptr, rows, columns, a_stride, b_stride, out_e, out_m, out_n,
+    A_BLOCKS: tl.constexpr, B_BLOCKS: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out[e] `[rows, columns]` = Σ_p a_pᵀ b_p. The last block of places is masked: the rows beyond are another expert's, or NaN."""
@@ -88,19 +90,20 @@ def _experts_weight_kernel(
     each = tiles_m * tiles_n
     e = tl.load(by_size_ptr + pid // each)
     pid_m, pid_n = _place(pid % each, tiles_m, tiles_n, GROUP)
-    m, n = _columns(pid_m * BM, rows, BM, EVEN_M), _columns(pid_n * BN, columns, BN, EVEN_N)
+    m0, n0 = pid_m * BM, pid_n * BN
+    m, n = _columns(m0, rows, BM, EVEN_M), _columns(n0, columns, BN, EVEN_N)
     start, end = tl.load(offsets_ptr + e), tl.load(offsets_ptr + e + 1)
     whole = start + (end - start) // BK * BK
     acc = tl.zeros((BM, BN), tl.float32)
     for p in tl.range(start, whole, BK):
-        a = _some_rows(a_ptr, token_ptr, p, end, m, a_stride, GATHER_A, False, BK)
-        b = _some_rows(b_ptr, token_ptr, p, end, n, b_stride, GATHER_B, False, BK)
+        a = _some_rows(a_any, a_token_ptr, p, end, m, m0, a_stride, A_BLOCKS, False, BK)
+        b = _some_rows(b_any, b_token_ptr, p, end, n, n0, b_stride, B_BLOCKS, False, BK)
         acc = _dot(a.T, b, acc)
     if whole < end:
-        a = _some_rows(a_ptr, token_ptr, whole, end, m, a_stride, GATHER_A, True, BK)
-        b = _some_rows(b_ptr, token_ptr, whole, end, n, b_stride, GATHER_B, True, BK)
+        a = _some_rows(a_any, a_token_ptr, whole, end, m, m0, a_stride, A_BLOCKS, True, BK)
+        b = _some_rows(b_any, b_token_ptr, whole, end, n, n0, b_stride, B_BLOCKS, True, BK)
         acc = _dot(a.T, b, acc)
-    m, n = pid_m * BM + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN)
+    m, n = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
     at = out_ptr + e.to(tl.int64) * out_e + (m.to(tl.int64) * out_m)[:, None] + (n.to(tl.int64) * out_n)[None, :]
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(m < rows)[:, None] & (n < columns)[None, :])
 

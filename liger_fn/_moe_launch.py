@@ -14,13 +14,14 @@ from torch import Tensor
 
 from . import _launch
 from ._check import dense
-from ._launch import cdiv, launch, next_power_of_2
+from ._launch import blocks, cdiv, copies_blocks, launch, next_power_of_2
 from ._moe_gradients import _experts_bias_kernel, _experts_slope_kernel, _experts_sum_kernel, _experts_weight_kernel
 from ._moe_products import (
+    BY_COLUMN,
+    BY_TERM,
     CODES,
     PACKINGS,
     _experts_act_kernel,
-    _experts_down_kernel,
     _experts_rows_kernel,
     _experts_slopes_kernel,
     _experts_up_kernel,
@@ -38,6 +39,7 @@ class Tile(NamedTuple):
     stages: int
     warps: int
     group: int = 8
+    blocks: bool = False  # operands come by descriptors, where the GPU and their layout allow it
 
 
 class Cut(NamedTuple):
@@ -47,27 +49,24 @@ class Cut(NamedTuple):
     rows: Tile
     down: Tile
     dx: Tile
-    weight: Tile
-    apart: bool = False  # activations in passes of their own, between plain products
-
-
-def _alike(tile: Tile, weight: Tile) -> Cut:
-    """One tile for all products over rows."""
-    return Cut(tile, tile, tile, tile, weight)
+    dgate_up: Tile
+    ddown: Tile
 
 
 CUTS = {  # by the rows of an expert, at least; fp32 apart, whose products take no tensor cores
     64: Cut(
-        up=Tile(128, 128, 64, 3, 8),
-        rows=Tile(128, 256, 64, 3, 8),
-        down=Tile(128, 128, 64, 3, 8),
-        dx=Tile(128, 256, 64, 3, 8),
-        weight=Tile(128, 256, 64, 5, 8),  # a loop that loads by indices of its own has half the stages
+        up=Tile(128, 128, 64, 4, 8, blocks=True),
+        rows=Tile(128, 256, 64, 3, 8, group=2, blocks=True),
+        down=Tile(128, 256, 64, 3, 8, group=4, blocks=True),
+        dx=Tile(128, 256, 64, 3, 8, group=2, blocks=True),
+        dgate_up=Tile(256, 128, 64, 5, 8, blocks=True),  # a loop that loads by indices of its own has half the stages
+        ddown=Tile(128, 256, 64, 5, 8, blocks=True),
     ),
-    0: _alike(Tile(16, 64, 128, 4, 4), weight=Tile(64, 64, 64, 5, 4)),
+    0: Cut(*4 * [Tile(16, 128, 128, 3, 4)], *2 * [Tile(128, 128, 16, 2, 4)]),
 }
-FULL = _alike(Tile(64, 32, 32, 2, 4), weight=Tile(64, 64, 32, 3, 4))
-ACT_ROWS, ACT_COLUMNS = 8, 256
+FULL = Cut(*4 * [Tile(64, 32, 16, 2, 4)], *2 * [Tile(64, 64, 16, 3, 4)])
+ACT_ROWS, ACT_COLUMNS = 4, 256
+WIDE = 1024  # columns of an expert from which on tokens are copied for their places
 
 
 def cut(slots: int, experts: int, dtype: torch.dtype) -> Cut:
@@ -103,30 +102,55 @@ def _even(n: int) -> bool:
 # --- products over rows -----------------------------------------------------------------------------------------------------------------
 
 
+def _by_place(x: Tensor, routing: Routing, tile: Tile, inner: int) -> tuple[Tensor, Tensor | None]:
+    """x, a row for each token, and the token of each place. Or a copy with a row for each place, whose blocks the GPU copies faster than it
+    gathers rows: where experts are wide, that is worth it.
+    """
+    if tile.blocks and inner >= WIDE and copies_blocks(x.device):
+        return x.index_select(0, routing.token), None
+    return x, routing.token
+
+
+def _weight_blocks(w: Tensor, width: int, tile: Tile) -> tuple[Any, int | None]:
+    """`w [E, N, K]`, or what gives blocks of it, `width` rows each; which way those lie."""
+    if tile.blocks:
+        if w.stride(2) == 1 and (found := blocks(w, [1, width, tile.bk])) is not None:
+            return found, BY_COLUMN
+        if w.stride(1) == 1 and (found := blocks(w.transpose(1, 2), [1, tile.bk, width])) is not None:
+            return found, BY_TERM
+    return w, None
+
+
+def _row_blocks(a: Tensor, rows: int, columns: int, wanted: bool) -> tuple[Any, bool]:
+    """`a`, or what gives blocks of it; whether it does."""
+    found = blocks(a, [rows, columns]) if wanted else None
+    return (a, False) if found is None else (found, True)
+
+
 def _up(
-    x: Tensor, gate_up: Tensor, bias: Tensor | None, gu: Tensor | None, h: Tensor | None, routing: Routing, tiles: Tiles, how: How, c: Cut
+    x: Tensor, gate_up: Tensor, bias: Tensor | None, gu: Tensor | None, h: Tensor | None, tiles: Tiles, how: How, tile: Tile,
+    token: Tensor | None,
 ) -> None:  # fmt: skip
-    """Write gu and h, each where it is given."""
-    if c.apart:
-        gu = x.new_empty(len(routing.order), gate_up.shape[1]) if gu is None else gu
-        _rows(x, gate_up, bias, gu, tiles, c.up, routing.token)
-        if h is not None:
-            _act(gu, None, h, routing, how)
-        return
-    terms, inner = x.shape[1], gate_up.shape[1] // (2 if how.gated else 1)
+    """Write gu and h, each where it is given. With `token`, x has the rows of tokens."""
+    halves = 2 if how.gated else 1
+    terms, inner = x.shape[1], gate_up.shape[1] // halves
+    x_any, a_blocks = _row_blocks(x, tile.bm, tile.bk, tile.blocks and token is None)
+    w_any, w_blocks = _weight_blocks(gate_up, tile.bn * (2 if how.gated and how.packed == "interleaved" else 1), tile)
     launch(
-        _experts_up_kernel, (len(tiles.at) * cdiv(inner, c.up.bn),), x.device, x, gate_up, bias, routing.token, tiles.at, gu, h,
-        terms, inner, x.stride(0), *gate_up.stride(), how.limited, how.alpha, **_how(how), EVEN=terms % c.up.bk == 0, EVEN_N=_even(inner),
-        **_meta(c.up, x, c.up.bn * (2 if how.gated else 1)),
+        _experts_up_kernel, (len(tiles.at) * cdiv(inner, tile.bn),), x.device, x_any, w_any, bias, token, tiles.at, gu, h,
+        terms, inner, x.stride(0), *gate_up.stride(), how.limited, how.alpha, **_how(how), A_BLOCKS=a_blocks, W_BLOCKS=w_blocks,
+        EVEN=terms % tile.bk == 0, EVEN_N=_even(inner), **_meta(tile, x, tile.bn * halves),
     )  # fmt: skip
 
 
 def _rows(a: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, tiles: Tiles, tile: Tile, token: Tensor | None = None) -> None:
     """Write `a [P, K]` times each row's expert of `w [E, N, K]`, transposed, and its bias. With `token`, `a` has the rows of tokens."""
     terms, columns = w.shape[2], w.shape[1]
+    (a_any, a_blocks), (w_any, w_blocks) = _row_blocks(a, tile.bm, tile.bk, tile.blocks and token is None), _weight_blocks(w, tile.bn, tile)
     launch(
-        _experts_rows_kernel, (len(tiles.at) * cdiv(columns, tile.bn),), a.device, a, w, bias, token, tiles.at, out,
-        terms, columns, a.stride(0), *w.stride(), EVEN=terms % tile.bk == 0, EVEN_N=_even(columns), **_meta(tile, a, tile.bn),
+        _experts_rows_kernel, (len(tiles.at) * cdiv(columns, tile.bn),), a.device, a_any, w_any, bias, token, tiles.at, out,
+        terms, columns, a.stride(0), *w.stride(), A_BLOCKS=a_blocks, W_BLOCKS=w_blocks, EVEN=terms % tile.bk == 0, EVEN_N=_even(columns),
+        **_meta(tile, a, tile.bn),
     )  # fmt: skip
 
 
@@ -140,27 +164,21 @@ def _act(gu: Tensor, topk_weight: Tensor | None, h: Tensor, routing: Routing, ho
 
 
 def _down(
-    dy: Tensor, gu: Tensor, down: Tensor, topk_weight: Tensor, routing: Routing, tiles: Tiles, how: How, c: Cut, wanted: tuple[bool, ...]
+    dy: Tensor, gu: Tensor, down: Tensor, topk_weight: Tensor, routing: Routing, tiles: Tiles, how: How, tile: Tile, token: Tensor | None,
+    wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dgu, w h, the parts of dw), each where it is wanted."""
-    (slots, inner), w = (len(gu), down.shape[2]), down.transpose(1, 2)
-    bn = min(ACT_COLUMNS, next_power_of_2(inner)) if c.apart else c.down.bn
-    dgu, wh = dense(gu) if wanted[0] else None, gu.new_empty(slots, inner) if wanted[1] else None
+    slots, inner = len(gu), down.shape[2]
+    bn = min(ACT_COLUMNS, next_power_of_2(inner))
+    dh = gu.new_empty(slots, inner)
+    _rows(dy, down.transpose(1, 2), None, dh, tiles, tile, token)
+    dgu = dense(gu) if wanted[0] else None
     parts = gu.new_empty(slots, cdiv(inner, bn), dtype=torch.float32) if wanted[2] else None
-    if c.apart:
-        dh = gu.new_empty(slots, inner, dtype=torch.float32)  # dw is a sum over it, that plain PyTorch rounds once
-        _rows(dy, w, None, dh, tiles, c.down, routing.token)
-        launch(
-            _experts_slopes_kernel, (cdiv(slots, ACT_ROWS) * cdiv(inner, bn),), dy.device, dh, topk_weight, routing.order, routing.offsets,
-            gu, dgu, wh, parts, len(routing.by_size), inner, how.limited, how.alpha, **_how(how), BM=ACT_ROWS, BN=bn, num_warps=4,
-        )  # fmt: skip
-        return dgu, wh, parts
     launch(
-        _experts_down_kernel, (len(tiles.at) * cdiv(inner, bn),), dy.device, dy, w, topk_weight, routing.order, routing.token, tiles.at,
-        gu, dgu, wh, parts, w.shape[2], inner, dy.stride(0), *w.stride(), how.limited, how.alpha, **_how(how),
-        EVEN=w.shape[2] % c.down.bk == 0, EVEN_N=_even(inner), **_meta(c.down, dy, bn),
+        _experts_slopes_kernel, (cdiv(slots, ACT_ROWS) * cdiv(inner, bn),), dy.device, dh, topk_weight, routing.order, routing.offsets,
+        gu, dgu, parts, len(routing.by_size), inner, how.limited, how.alpha, **_how(how), WH=wanted[1], BM=ACT_ROWS, BN=bn, num_warps=4,
     )  # fmt: skip
-    return dgu, wh, parts
+    return dgu, dh if wanted[1] else None, parts
 
 
 # --- sums -------------------------------------------------------------------------------------------------------------------------------
@@ -185,13 +203,18 @@ def _weight_slopes(parts: Tensor, dy: Tensor, topk_index: Tensor, down_bias: Ten
     )  # fmt: skip
 
 
-def _weight(a: Tensor, b: Tensor, out: Tensor, routing: Routing, tile: Tile, gather_a: bool) -> None:
-    """Write Σ_p a_pᵀ b_p for each expert; of a or else of b the rows are those of tokens."""
+def _weight(
+    a: Tensor, b: Tensor, out: Tensor, routing: Routing, tile: Tile, a_token: Tensor | None = None, b_token: Tensor | None = None
+) -> None:
+    """Write Σ_p a_pᵀ b_p for each expert; of what has a `token`, the rows are those of tokens."""
     experts, m, n = out.shape
+    a_any, a_blocks = _row_blocks(a, tile.bk, tile.bm, tile.blocks and a_token is None)
+    b_any, b_blocks = _row_blocks(b, tile.bk, tile.bn, tile.blocks and b_token is None)
+    gathers = a_token is not None or b_token is not None
     launch(
-        _experts_weight_kernel, (experts * cdiv(m, tile.bm) * cdiv(n, tile.bn),), a.device, a, b, routing.token, routing.offsets,
-        routing.by_size, out, m, n, a.stride(0), b.stride(0), *out.stride(), GATHER_A=gather_a, GATHER_B=not gather_a, EVEN_M=_even(m),
-        EVEN_N=_even(n), **_meta(tile, a, tile.bn, gathers=True),
+        _experts_weight_kernel, (experts * cdiv(m, tile.bm) * cdiv(n, tile.bn),), a.device, a_any, b_any, a_token, b_token, routing.offsets,
+        routing.by_size, out, m, n, a.stride(0), b.stride(0), *out.stride(), A_BLOCKS=a_blocks, B_BLOCKS=b_blocks, EVEN_M=_even(m),
+        EVEN_N=_even(n), **_meta(tile, a, tile.bn, gathers=gathers),
     )  # fmt: skip
 
 
@@ -217,9 +240,11 @@ def forward(
 ) -> None:  # fmt: skip
     """Write y, and gu where it is given. x is `[T, H]` with unit stride in its rows; topk_weight, biases and outputs are contiguous."""
     c = _cut_of(routing, x)
-    tiles, slots = tiles_of(routing, c.up.bm), len(routing.order)
-    h = x.new_empty(slots, down.shape[2])
-    _up(x, gate_up, gate_up_bias, gu, h, routing, tiles, how, c)
+    tiles, slots, inner = tiles_of(routing, c.up.bm), len(routing.order), down.shape[2]
+    h = x.new_empty(slots, inner)
+    xs, token = _by_place(x, routing, c.up, inner)
+    _up(xs, gate_up, gate_up_bias, gu, h, tiles, how, c.up, token)
+    del xs
     rows = x.new_empty(slots, x.shape[1])
     _rows(h, down, down_bias, rows, tiles, c.rows)
     token_sums(rows, routing.place, topk_weight, topk_weight.shape[-1], y)
@@ -231,30 +256,35 @@ def backward(
 ) -> None:  # fmt: skip
     """Write those of `grads` that are given. dy and x have unit stride in their rows; gu is made again where it is None."""
     dx, dgate_up, ddown, dtopk, dgate_up_bias, ddown_bias = grads
-    c = _cut_of(routing, x)
+    c, wide = _cut_of(routing, x), down.shape[2]
     if ddown_bias is not None:
         _bias(dy, ddown_bias, routing, topk_weight)
     inner = any(g is not None for g in (dx, dgate_up, dgate_up_bias))
     if not inner and ddown is None and dtopk is None:
         return
     tiles = tiles_of(routing, c.up.bm)
+    xs, token = _by_place(x, routing, c.up, wide) if gu is None or dgate_up is not None else (x, routing.token)
     if gu is None:
         gu = x.new_empty(len(routing.order), gate_up.shape[1])
-        _up(x, gate_up, gate_up_bias, gu, None, routing, tiles, how, c)
+        _up(xs, gate_up, gate_up_bias, gu, None, tiles, how, c.up, token)
+    ds, dy_token = _by_place(dy, routing, c.down, wide)
     dgu, parts = None, None
     if inner or dtopk is not None:
-        dgu, wh, parts = _down(dy, gu, down, topk_weight, routing, tiles, how, c, (inner, ddown is not None, dtopk is not None))
+        wanted = inner, ddown is not None, dtopk is not None
+        dgu, wh, parts = _down(ds, gu, down, topk_weight, routing, tiles, how, c.down, dy_token, wanted)
     else:
-        wh = x.new_empty(len(gu), down.shape[2])
+        wh = x.new_empty(len(gu), wide)
         _act(gu, topk_weight, wh, routing, how)
     if parts is not None and dtopk is not None:
         _weight_slopes(parts, dy, topk_index, down_bias, routing, dtopk)
     if wh is not None and ddown is not None:
-        _weight(dy, wh, ddown, routing, c.weight, gather_a=True)
+        _weight(ds, wh, ddown, routing, c.ddown, a_token=dy_token)
+    del ds, wh
     if dgu is None:
         return
     if dgate_up is not None:
-        _weight(dgu, x, dgate_up, routing, c.weight, gather_a=False)
+        _weight(dgu, xs, dgate_up, routing, c.ddown if token is None else c.dgate_up, b_token=token)
+    del xs
     if dgate_up_bias is not None:
         _bias(dgu, dgate_up_bias, routing, None)
     if dx is not None:

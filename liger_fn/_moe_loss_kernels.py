@@ -40,18 +40,24 @@ def _logsumexp(x, EXACT: tl.constexpr):
 
 @jit
 def _balance_parts_kernel(
-    x_ptr, i_ptr, m_ptr, p_ptr, c_ptr, n_ptr, stride, i_stride, N, T, K, E, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, i_ptr, m_ptr, p_ptr, c_ptr, n_ptr, stride, i_stride, N, T, K, E, FP64: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """A program's Σ s and c of every expert, and its n."""
+    WIDE: tl.constexpr = tl.float64 if FP64 else tl.float32  # where all s are alike, so is their rounding
     pid = tl.program_id(0)
     col = tl.arange(0, BLOCK)[None, :]
-    p = tl.zeros((ROWS, BLOCK), tl.float32)
+    p = tl.zeros((ROWS, BLOCK), WIDE)
     c = tl.zeros((ROWS, BLOCK), tl.int32)
     n = tl.zeros((ROWS,), tl.int32)
     for start in range(pid * ROWS, N, tl.num_programs(0) * ROWS):
         row = start + tl.arange(0, ROWS).to(tl.int64)
         counts = _counts(m_ptr, row, N, T)
-        s = _softmax_of(_read(x_ptr, row, counts, stride, E, BLOCK), True)
+        x = _read(x_ptr, row, counts, stride, E, BLOCK)
+        if FP64:
+            s = exp(x - tl.max(x, 1)[:, None], True).to(WIDE)
+            s *= (1.0 / tl.sum(s, 1))[:, None]
+        else:
+            s = _softmax_of(x, True)
         p += tl.where(counts[:, None], s, 0.0)
         n += counts.to(tl.int32)
         for i in range(K):
@@ -64,23 +70,31 @@ def _balance_parts_kernel(
 
 
 @jit
-def _balance_sum_kernel(p_ptr, c_ptr, n_ptr, y_ptr, a_ptr, parts, E, experts, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _divide(a, b, FP64: tl.constexpr):
+    return a / b if FP64 else tl.div_rn(a, b)
+
+
+@jit
+def _balance_sum_kernel(
+    p_ptr, c_ptr, n_ptr, y_ptr, a_ptr, parts, E, experts, FP64: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    WIDE: tl.constexpr = tl.float64 if FP64 else tl.float32  # of a long sum, the last steps round most
     col = tl.arange(0, BLOCK)[None, :]
-    p = tl.zeros((ROWS, BLOCK), tl.float32)
+    p = tl.zeros((ROWS, BLOCK), WIDE)
     c = tl.zeros((ROWS, BLOCK), tl.int32)
     n = tl.zeros((ROWS,), tl.int32)
     for start in range(0, parts, ROWS):
         part = start + tl.arange(0, ROWS)
         there = (part < parts)[:, None] & (col < E)
-        p += tl.load(p_ptr + part[:, None] * E + col, mask=there, other=0.0)
+        p += tl.load(p_ptr + part[:, None] * E + col, mask=there, other=0.0).to(WIDE)
         c += tl.load(c_ptr + part[:, None] * E + col, mask=there, other=0)
         n += tl.load(n_ptr + part, mask=part < parts, other=0)
-    f = tl.sum(c, 0).to(tl.float32)
-    count = tl.maximum(tl.sum(n, 0), 1).to(tl.float32) + tl.zeros_like(f)
-    a = tl.div_rn(tl.div_rn(f, count) * experts, count)
+    f = tl.sum(c, 0).to(WIDE)
+    count = tl.maximum(tl.sum(n, 0), 1).to(WIDE) + tl.zeros_like(f)
+    a = _divide(_divide(f, count, FP64) * experts, count, FP64)
     col = tl.arange(0, BLOCK)
-    tl.store(a_ptr + col, a, mask=col < E)
-    tl.store(y_ptr, tl.sum(a * tl.sum(p, 0), 0))
+    tl.store(a_ptr + col, a.to(tl.float32), mask=col < E)
+    tl.store(y_ptr, tl.sum(a * tl.sum(p, 0), 0).to(tl.float32))
 
 
 @jit
@@ -100,16 +114,17 @@ def _z_parts_kernel(x_ptr, m_ptr, z_ptr, n_ptr, stride, N, T, E, ROWS: tl.conste
 
 
 @jit
-def _z_sum_kernel(z_ptr, n_ptr, y_ptr, count_ptr, parts, BLOCK: tl.constexpr):
-    z2 = tl.zeros((BLOCK,), tl.float32)
+def _z_sum_kernel(z_ptr, n_ptr, y_ptr, count_ptr, parts, FP64: tl.constexpr, BLOCK: tl.constexpr):
+    WIDE: tl.constexpr = tl.float64 if FP64 else tl.float32
+    z2 = tl.zeros((BLOCK,), WIDE)
     n = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, parts, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        z2 += tl.load(z_ptr + at, mask=at < parts, other=0.0)
+        z2 += tl.load(z_ptr + at, mask=at < parts, other=0.0).to(WIDE)
         n += tl.load(n_ptr + at, mask=at < parts, other=0)
-    count = tl.maximum(tl.sum(n, 0), 1).to(tl.float32)
-    tl.store(count_ptr, count)
-    tl.store(y_ptr, tl.div_rn(tl.sum(z2, 0), count))
+    count = tl.maximum(tl.sum(n, 0), 1).to(WIDE)
+    tl.store(count_ptr, count.to(tl.float32))
+    tl.store(y_ptr, _divide(tl.sum(z2, 0), count, FP64).to(tl.float32))
 
 
 @jit

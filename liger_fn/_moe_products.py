@@ -1,17 +1,18 @@
 r"""Experts of a mixture: products over rows sorted by expert, and what is computed from their accumulators, in Triton.
 
-The math stands in `_moe_rows.py`, the order of rows in `_moe_routing.py`. Of P = T k places each has a row, and none is copied there: x and
-dy are gathered by the loads of the products that read them.
+The math stands in `_moe_rows.py`, the order of rows in `_moe_routing.py`, the launches in `_moe_launch.py`. Of P = T k
+places each has a row. x and dy are gathered by the loads of the products that read them, or copied to the places before (`_by_place`).
 
     _experts_up_kernel       gu [P, N] = x[token] gate_upᵉᵀ + bias, and h [P, I] = act(gu) from the same accumulators
-    _experts_rows_kernel     rows [P, N] = a [P, K] wᵉᵀ (+ bias): h downᵉᵀ of forward, dgu gate_upᵉ of backward
-    _experts_down_kernel     dh = dy[token] downᵉ; from it dgu = w dh ∂h and w h, and Σ dh h over a tile's columns: dw in parts
-    _experts_act_kernel      h alone, or w h
-    _experts_slopes_kernel   what `down` makes of its accumulators, from dh in memory
+    _experts_rows_kernel     rows [P, N] = a [P, K] wᵉᵀ (+ bias): h downᵉᵀ of forward, dgu gate_upᵉ of backward; a[token] in place of a:
+                             dh = dy[token] downᵉ
+    _experts_act_kernel      w h alone
+    _experts_slopes_kernel   from dh: dgu = w dh ∂h and w h, and Σ dh h over a block's columns: dw in parts
 
-The last and `act` are for products and activations apart (`Cut.apart` in `_moe_launch.py`). w multiplies accumulators and h, never dy, so
-that no copy of dy is written. A program has one tile of rows, all of one expert, and sums its terms in their order: a row's result does not
-depend on which other rows are with it.
+w multiplies h and what is made of dh, never dy, so that no copy of dy is written. A program has one tile of rows, all of one expert, and
+sums its terms in their order: a row's result does not depend on which other rows are with it.
+
+Operands called `…_any` are pointers, or descriptors of blocks that the hardware copies by itself (`_launch.blocks`).
 """
 
 from __future__ import annotations
@@ -25,15 +26,23 @@ PACKINGS = {"concat": 0, "interleaved": 1, None: 2}  # gate rows, then up; by tu
 _CLAMPED, _SILU = tl.constexpr(CODES["clamped_swiglu"]), tl.constexpr(CODES["silu"])
 _CONCAT, _INTERLEAVED, _ALONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _INTERPRETED = tl.constexpr(INTERPRETED)
+BY_COLUMN, BY_TERM = 0, 1  # blocks of a weight whose terms, or whose columns, lie side by side in memory
+_BY_COLUMN, _BY_TERM = tl.constexpr(BY_COLUMN), tl.constexpr(BY_TERM)
 
 # --- tiles ------------------------------------------------------------------------------------------------------------------------------
 
 
 @jit
 def _dot(a, b, acc):
-    if _INTERPRETED:  # which takes bf16 for the integers that it keeps it in
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")  # of fp32; half precision has but one
+    """acc + a b. Of fp32 in blocks of few terms, each summed by itself, as the libraries do: one long sum would round more."""
+    if a.dtype == tl.float32:
+        # 1 says nothing of fp32, but keeps the compiler from summing in acc.
+        acc += tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=1)
+    else:
+        if _INTERPRETED:  # which takes bf16 for the integers that it keeps it in
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, b, acc)
+    return acc
 
 
 @jit
@@ -79,21 +88,39 @@ def _packed_columns(n0, I, WIDTH: tl.constexpr, BN: tl.constexpr, PACKED: tl.con
 
 
 @jit
+def _weight_block(w_any, e, n0, k0, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, BK: tl.constexpr):
+    """[BK, WIDTH] of expert e's weight."""
+    if BLOCKS == _BY_COLUMN:
+        w = w_any.load([e, n0, k0]).reshape(WIDTH, BK).T
+    else:
+        w = w_any.load([e, k0, n0]).reshape(BK, WIDTH)
+    return w
+
+
+@jit
 def _product(
-    a_ptr, row, w_ptr, e, n, K, w_e, w_n, w_k,
-    EVEN: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, BK: tl.constexpr,
+    a_any, row, first, w_any, e, n, n0, K, w_e, w_n, w_k,
+    A_BLOCKS: tl.constexpr, W_BLOCKS: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """[BM, WIDTH]: the rows of a that begin at `row`, times rows n of expert e's weight."""
+    """[BM, WIDTH]: the rows of a that begin at `row`, times rows n of expert e's weight; by blocks those from `first` and from n0 on."""
     acc = tl.zeros((BM, WIDTH), tl.float32)
-    a_at = (a_ptr + row)[:, None]
-    w_at = w_ptr + e.to(tl.int64) * w_e + (n.to(tl.int64) * w_n)[None, :]
+    if not A_BLOCKS:
+        a_at = (a_any + row)[:, None]
+    if W_BLOCKS is None:
+        w_at = w_any + e.to(tl.int64) * w_e + (n.to(tl.int64) * w_n)[None, :]
     for k0 in tl.range(0, K, BK):
         k = k0 + tl.arange(0, BK)
-        if EVEN:  # BK divides K
+        if A_BLOCKS:
+            a = a_any.load([first, k0])
+        elif EVEN:  # BK divides K
             a = tl.load(a_at + k[None, :])
-            w = tl.load(w_at + (k.to(tl.int64) * w_k)[:, None])
         else:
             a = tl.load(a_at + k[None, :], mask=(k < K)[None, :], other=0.0)
+        if W_BLOCKS is not None:
+            w = _weight_block(w_any, e, n0, k0, W_BLOCKS, WIDTH, BK)
+        elif EVEN:
+            w = tl.load(w_at + (k.to(tl.int64) * w_k)[:, None])
+        else:
             w = tl.load(w_at + (k.to(tl.int64) * w_k)[:, None], mask=(k < K)[:, None], other=0.0)
         acc = _dot(a, w, acc)
     return acc
@@ -189,11 +216,34 @@ def _store_rows(out_ptr, place, inside, rows, n0, N, BN: tl.constexpr):
 
 
 @jit
-def _finish_up(
-    pair, gu_ptr, h_ptr, place, inside, n0, I, limit, alpha, ACT: tl.constexpr, PACKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+def _two_products(
+    a_any, row, first, w_any, e, n0, n1, K,
+    A_BLOCKS: tl.constexpr, W_BLOCKS: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Write gu, which `pair` is a tile of, and h."""
-    a, u = _halves(pair, PACKED, BM, BN)
+    """`_product` with the blocks of BN columns from n0 on, and with those from n1 on."""
+    left = tl.zeros((BM, BN), tl.float32)
+    right = tl.zeros((BM, BN), tl.float32)
+    if not A_BLOCKS:
+        a_at = (a_any + row)[:, None]
+    for k0 in tl.range(0, K, BK):
+        k = k0 + tl.arange(0, BK)
+        if A_BLOCKS:
+            a = a_any.load([first, k0])
+        elif EVEN:
+            a = tl.load(a_at + k[None, :])
+        else:
+            a = tl.load(a_at + k[None, :], mask=(k < K)[None, :], other=0.0)
+        left = _dot(a, _weight_block(w_any, e, n0, k0, W_BLOCKS, BN, BK), left)
+        right = _dot(a, _weight_block(w_any, e, n1, k0, W_BLOCKS, BN, BK), right)
+    return left, right
+
+
+@jit
+def _finish_up(
+    a, u, pair, gu_ptr, h_ptr, place, inside, n0, I, limit, alpha,
+    ACT: tl.constexpr, PACKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Write gu and h; `pair` is a and u by turns, where gu has them so."""
     if gu_ptr is not None:
         if PACKED == _INTERLEAVED:
             _store_rows(gu_ptr, place, inside, pair, 2 * n0, 2 * I, 2 * BN)
@@ -205,37 +255,52 @@ def _finish_up(
 
 @jit
 def _experts_up_kernel(
-    x_ptr, w_ptr, bias_ptr, token_ptr, tile_ptr, gu_ptr, h_ptr, H, I, x_stride, w_e, w_n, w_k, limit, alpha,
-    ACT: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr, EVEN_N: tl.constexpr,
+    x_any, w_any, bias_ptr, token_ptr, tile_ptr, gu_ptr, h_ptr, H, I, x_stride, w_e, w_n, w_k, limit, alpha,
+    ACT: tl.constexpr, PACKED: tl.constexpr, A_BLOCKS: tl.constexpr, W_BLOCKS: tl.constexpr, EVEN: tl.constexpr, EVEN_N: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A tile has BN columns of gate and the same of up. gu or h may be unwanted."""
+    """A tile has BN columns of gate and the same of up. gu or h may be unwanted. Rows of x as those of a below."""
     at, e, pid_n = _tile_of(tile_ptr, tl.cdiv(I, BN), GROUP)
     if e < 0:
         return
     WIDTH: tl.constexpr = BN if PACKED == _ALONE else 2 * BN
+    kind = gu_ptr.dtype.element_ty if gu_ptr is not None else h_ptr.dtype.element_ty
     place, inside, safe = _rows_of(at, BM)
-    n0 = pid_n * BN
-    n = _packed_columns(n0, I, WIDTH, BN, PACKED, EVEN_N)
-    row = tl.load(token_ptr + safe).to(tl.int64) * x_stride
-    acc = _product(x_ptr, row, w_ptr, e, n, H, w_e, w_n, w_k, EVEN, BM, WIDTH, BK)
-    if bias_ptr is not None:
-        columns = I if PACKED == _ALONE else 2 * I
-        acc += tl.load(bias_ptr + e.to(tl.int64) * columns + n).to(tl.float32)[None, :]
-    pair = acc.to(x_ptr.dtype.element_ty)  # backward knows it rounded
-    if PACKED == _INTERLEAVED and BN >= 128:  # in two parts, for fewer registers
-        B: tl.constexpr = BN // 2
-        left, right = _split(pair, BM, BN)
-        _finish_up(left, gu_ptr, h_ptr, place, inside, n0, I, limit, alpha, ACT, PACKED, BM, B)
-        _finish_up(right, gu_ptr, h_ptr, place, inside, n0 + B, I, limit, alpha, ACT, PACKED, BM, B)
+    first, n0 = tl.load(at + 1), pid_n * BN
+    if token_ptr is not None:
+        safe = tl.load(token_ptr + safe).to(tl.int64)
+    rest = gu_ptr, h_ptr, place, inside
+    if PACKED == _CONCAT and W_BLOCKS is not None:
+        a, u = _two_products(x_any, safe * x_stride, first, w_any, e, n0, I + n0, H, A_BLOCKS, W_BLOCKS, EVEN, BM, BN, BK)
+        if bias_ptr is not None:
+            n = e.to(tl.int64) * 2 * I + _columns(n0, I, BN, EVEN_N)
+            a += tl.load(bias_ptr + n).to(tl.float32)[None, :]
+            u += tl.load(bias_ptr + n + I).to(tl.float32)[None, :]
+        a, u = a.to(kind), u.to(kind)
+        _finish_up(a, u, a, *rest, n0, I, limit, alpha, ACT, PACKED, BM, BN)
     else:
-        _finish_up(pair, gu_ptr, h_ptr, place, inside, n0, I, limit, alpha, ACT, PACKED, BM, BN)
+        n, w0 = _packed_columns(n0, I, WIDTH, BN, PACKED, EVEN_N), n0 * 2 if PACKED == _INTERLEAVED else n0
+        acc = _product(x_any, safe * x_stride, first, w_any, e, n, w0, H, w_e, w_n, w_k, A_BLOCKS, W_BLOCKS, EVEN, BM, WIDTH, BK)
+        if bias_ptr is not None:
+            columns = I if PACKED == _ALONE else 2 * I
+            acc += tl.load(bias_ptr + e.to(tl.int64) * columns + n).to(tl.float32)[None, :]
+        pair = acc.to(kind)  # backward knows it rounded
+        if PACKED == _INTERLEAVED and BN >= 128:  # in two parts, for fewer registers
+            B: tl.constexpr = BN // 2
+            left, right = _split(pair, BM, BN)
+            a, u = _halves(left, PACKED, BM, B)
+            _finish_up(a, u, left, *rest, n0, I, limit, alpha, ACT, PACKED, BM, B)
+            a, u = _halves(right, PACKED, BM, B)
+            _finish_up(a, u, right, *rest, n0 + B, I, limit, alpha, ACT, PACKED, BM, B)
+        else:
+            a, u = _halves(pair, PACKED, BM, BN)
+            _finish_up(a, u, pair, *rest, n0, I, limit, alpha, ACT, PACKED, BM, BN)
 
 
 @jit
 def _experts_rows_kernel(
-    a_ptr, w_ptr, bias_ptr, token_ptr, tile_ptr, out_ptr, K, columns, a_stride, w_e, w_n, w_k,
-    EVEN: tl.constexpr, EVEN_N: tl.constexpr,
+    a_any, w_any, bias_ptr, token_ptr, tile_ptr, out_ptr, K, columns, a_stride, w_e, w_n, w_k,
+    A_BLOCKS: tl.constexpr, W_BLOCKS: tl.constexpr, EVEN: tl.constexpr, EVEN_N: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Rows of a lie as places do, or are those of tokens, where there are any."""
@@ -243,75 +308,17 @@ def _experts_rows_kernel(
     if e < 0:
         return
     place, inside, safe = _rows_of(at, BM)
-    n = _columns(pid_n * BN, columns, BN, EVEN_N)
+    n0 = pid_n * BN
+    n = _columns(n0, columns, BN, EVEN_N)
     if token_ptr is not None:
         safe = tl.load(token_ptr + safe).to(tl.int64)
-    acc = _product(a_ptr, safe * a_stride, w_ptr, e, n, K, w_e, w_n, w_k, EVEN, BM, BN, BK)
+    acc = _product(a_any, safe * a_stride, tl.load(at + 1), w_any, e, n, n0, K, w_e, w_n, w_k, A_BLOCKS, W_BLOCKS, EVEN, BM, BN, BK)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + e.to(tl.int64) * columns + n).to(tl.float32)[None, :]
-    _store_rows(out_ptr, place, inside, acc, pid_n * BN, columns, BN)
+    _store_rows(out_ptr, place, inside, acc, n0, columns, BN)
 
 
 # --- the activation's backward ----------------------------------------------------------------------------------------------------------
-
-
-@jit
-def _finish(
-    dh, gu_ptr, dgu_ptr, wh_ptr, place, inside, factor, n0, I, limit, alpha,
-    ACT: tl.constexpr, PACKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Write dgu and w h of BN columns, where they are wanted; the sum of each row's dh h over them."""
-    a, u = _load_packed(gu_ptr, place, inside, n0, I, PACKED, BM, BN)
-    h, to_a, to_u = _gated(a, u, limit, alpha, ACT, PACKED)
-    n = n0 + tl.arange(0, BN)
-    total = tl.sum(tl.where((n < I)[None, :], dh * h, 0.0), 1)
-    if dgu_ptr is not None:
-        dh *= factor[:, None]
-        _store_packed(dgu_ptr, place, inside, dh * to_a, dh * to_u, n0, I, PACKED, BM, BN)
-    if wh_ptr is not None:
-        _store_rows(wh_ptr, place, inside, h * factor[:, None], n0, I, BN)
-    return total
-
-
-@jit
-def _finish_parts(
-    dh, gu_ptr, dgu_ptr, wh_ptr, place, inside, factor, n0, I, limit, alpha,
-    ACT: tl.constexpr, PACKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """`_finish` in parts, for fewer registers."""
-    if PARTS == 1:
-        total = _finish(dh, gu_ptr, dgu_ptr, wh_ptr, place, inside, factor, n0, I, limit, alpha, ACT, PACKED, BM, BN)
-    else:
-        B: tl.constexpr = BN // 2
-        left, right = _split(dh, BM, B)
-        rest = gu_ptr, dgu_ptr, wh_ptr, place, inside, factor
-        total = _finish_parts(left, *rest, n0, I, limit, alpha, ACT, PACKED, BM, B, PARTS // 2)
-        total += _finish_parts(right, *rest, n0 + B, I, limit, alpha, ACT, PACKED, BM, B, PARTS // 2)
-    return total
-
-
-@jit
-def _experts_down_kernel(
-    dy_ptr, w_ptr, weight_ptr, order_ptr, token_ptr, tile_ptr, gu_ptr, dgu_ptr, wh_ptr, dw_ptr, H, I, dy_stride, w_e, w_n, w_k,
-    limit, alpha, ACT: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr, EVEN_N: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """dgu, w h and the parts of dw, each where it is wanted."""
-    tiles_n = tl.cdiv(I, BN)
-    at, e, pid_n = _tile_of(tile_ptr, tiles_n, GROUP)
-    if e < 0:
-        return
-    place, inside, safe = _rows_of(at, BM)
-    n0 = pid_n * BN
-    n = _columns(n0, I, BN, EVEN_N)
-    row = tl.load(token_ptr + safe).to(tl.int64) * dy_stride
-    dh = _product(dy_ptr, row, w_ptr, e, n, H, w_e, w_n, w_k, EVEN, BM, BN, BK)
-    factor = tl.load(weight_ptr + tl.load(order_ptr + safe)).to(tl.float32)
-    total = _finish_parts(
-        dh, gu_ptr, dgu_ptr, wh_ptr, place, inside, factor, n0, I, limit, alpha, ACT, PACKED, BM, BN, 4 if BN >= 128 else 1
-    )
-    if dw_ptr is not None:
-        tl.store(dw_ptr + place * tiles_n + pid_n, total, mask=inside)
 
 
 @jit
@@ -338,15 +345,24 @@ def _experts_act_kernel(
 
 @jit
 def _experts_slopes_kernel(
-    dh_ptr, weight_ptr, order_ptr, offsets_ptr, gu_ptr, dgu_ptr, wh_ptr, dw_ptr, E, I, limit, alpha,
-    ACT: tl.constexpr, PACKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    dh_ptr, weight_ptr, order_ptr, offsets_ptr, gu_ptr, dgu_ptr, dw_ptr, E, I, limit, alpha,
+    ACT: tl.constexpr, PACKED: tl.constexpr, WH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dgu, w h and the parts of dw, each where it is wanted."""
+    """dgu and the parts of dw, each where it is wanted, and w h over dh where that is."""
     blocks_n = tl.cdiv(I, BN)
     place, inside, block = _rows_here(offsets_ptr, E, blocks_n, BM)
-    n = block * BN + tl.arange(0, BN)
+    n0 = block * BN
+    n = n0 + tl.arange(0, BN)
     factor = tl.load(weight_ptr + tl.load(order_ptr + place, mask=inside, other=0)).to(tl.float32)
     dh = tl.load((dh_ptr + place * I)[:, None] + n[None, :], mask=inside[:, None] & (n < I)[None, :], other=0.0).to(tl.float32)
-    total = _finish(dh, gu_ptr, dgu_ptr, wh_ptr, place, inside, factor, block * BN, I, limit, alpha, ACT, PACKED, BM, BN)
+    a, u = _load_packed(gu_ptr, place, inside, n0, I, PACKED, BM, BN)
+    h, to_a, to_u = _gated(a, u, limit, alpha, ACT, PACKED)
     if dw_ptr is not None:
+        total = tl.sum(tl.where((n < I)[None, :], dh * h, 0.0), 1)
         tl.store(dw_ptr + place * blocks_n + block, total, mask=inside)
+    if dgu_ptr is not None:
+        dh *= factor[:, None]
+        _store_packed(dgu_ptr, place, inside, dh * to_a, dh * to_u, n0, I, PACKED, BM, BN)
+    if WH:
+        tl.debug_barrier()  # all have read dh
+        _store_rows(dh_ptr, place, inside, h * factor[:, None], n0, I, BN)

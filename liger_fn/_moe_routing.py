@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ._launch import cdiv, jit, launch, next_power_of_2, tl
 
+LIMIT = 2**31 - 2**16  # of slots: their numbers, and those of the last program's, are int32
 BLOCK = 128  # slots that one program ranks, each against each
 
 
@@ -38,6 +39,14 @@ class Tiles(NamedTuple):
 
     at: Tensor  # [most_tiles, 4], int32: expert, first place, rows, 0; expert -1 where there is no tile
     m: int
+
+
+def countable(op: str, topk_index: Tensor) -> None:
+    """The slots must have int32 numbers."""
+    if topk_index.numel() >= LIMIT:
+        raise ValueError(
+            f"{op}: topk_index must have fewer than 2^31 - 2^16 elements, got {list(topk_index.shape)}; split the tokens into several calls"
+        )
 
 
 def empty_routing(slots: int, experts: int, device: torch.device) -> Routing:

@@ -28,6 +28,7 @@ from ._glu_rows import _ACTS
 from ._moe_routing import Routing
 
 NAMES = {"silu": "silu", "gelu_tanh": "gelu_tanh", "gelu": "gelu", "clamped_swiglu": "silu", "relu2": "relu_squared"}
+TERMS = 64  # of a product of fp32 that are summed at a time
 Grads = tuple[Tensor | None, ...]  # of x, gate_up, down, topk_weight, gate_up_bias, down_bias
 
 
@@ -145,11 +146,25 @@ def _by_slot(rows: Tensor, routing: Routing, topk_weight: Tensor) -> Tensor:
     return torch.where(kept, rows[routing.place.clamp(min=0)], 0).view(*topk_weight.shape, *rows.shape[1:])
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b. A GPU's libraries choose by the sizes in how many parts they sum, and so how much they round: of fp32, small parts are added."""
+    terms = len(b)
+    if a.dtype is not torch.float32 or a.device.type == "cpu" or terms <= TERMS:
+        return a @ b
+    return sum((a[:, k : k + TERMS] @ b[k : k + TERMS] for k in range(TERMS, terms, TERMS)), a[:, :TERMS] @ b[:TERMS])
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.dtype is not torch.float32:
+        return F.linear(x, weight, bias)
+    return _product(x, weight.T) if bias is None else _product(x, weight.T) + bias
+
+
 def plain_inner(x: Tensor, gate_up: Tensor, bias: Tensor | None, routing: Routing) -> Tensor:
     """(a, u) of each place, packed `[P, N]`. x is `[T, H]`."""
     gu, xs = x.new_zeros(len(routing.order), gate_up.shape[1]), x[routing.token]
     for rows in _each(routing):
-        rows.put(gu, F.linear(rows.of(xs), gate_up[rows.e], None if bias is None else bias[rows.e]))
+        rows.put(gu, _linear(rows.of(xs), gate_up[rows.e], None if bias is None else bias[rows.e]))
     return gu
 
 
@@ -160,7 +175,7 @@ def plain_outer(
     out = gu.new_zeros(len(gu), down.shape[1])
     for rows in _each(routing):
         h = slopes(rows.of(gu), how)[0].to(gu.dtype)
-        rows.put(out, F.linear(h, down[rows.e], None if bias is None else bias[rows.e]))
+        rows.put(out, _linear(h, down[rows.e], None if bias is None else bias[rows.e]))
     weight = torch.where((routing.place >= 0).view(topk_weight.shape), topk_weight, 0)
     return (wide(_by_slot(out, routing, topk_weight)) * weight.unsqueeze(-1)).sum(1).to(gu.dtype)
 
@@ -179,21 +194,21 @@ def plain_backward(
         e, d, w = rows.e, rows.of(ds), rows.of(ws)
         h, to_a, to_u = slopes(rows.of(gu), how)
         if ddown is not None:
-            ddown[e] = d.T @ (w * h).to(x.dtype)
+            ddown[e] = _product(d.T, (w * h).to(x.dtype))
         if ddown_bias is not None:
             ddown_bias[e] = (w * wide(d)).sum(0)
         if not any(wanted[i] for i in (0, 1, 3, 4)):
             continue
-        dh = wide(d) @ wide(down[e])  # of which dw is a sum that plain PyTorch rounds once
+        dh = _product(wide(d), wide(down[e]))  # of which dw is a sum that plain PyTorch rounds once
         dw = (dh * h).sum(1) if down_bias is None else (dh * h).sum(1) + (wide(d) * wide(down_bias[e])).sum(1)
         rows.put(dws.unsqueeze(1), dw.unsqueeze(1))
         dgu = _packed(w * dh * to_a, w * dh * to_u, how).to(x.dtype)
         if dgate_up is not None:
-            dgate_up[e] = dgu.T @ rows.of(xs)
+            dgate_up[e] = _product(dgu.T, rows.of(xs))
         if dgate_up_bias is not None:
             dgate_up_bias[e] = wide(dgu).sum(0)
         if wanted[0]:
-            rows.put(dxs, wide(dgu @ gate_up[e]))
+            rows.put(dxs, wide(_product(dgu, gate_up[e])))
     dx = _by_slot(dxs, routing, topk_weight).sum(1).to(x.dtype) if wanted[0] else None
     dtopk = _by_slot(dws, routing, topk_weight).to(topk_weight.dtype) if wanted[3] else None
     return dx, dgate_up, ddown, dtopk, dgate_up_bias, ddown_bias

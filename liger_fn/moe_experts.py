@@ -15,7 +15,7 @@ Source: Shazeer et al. 2017, arXiv:1701.06538.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from ._check import dense
 from ._glu_rows import number
 from ._launch import as_rows
 from ._moe_launch import backward, forward
-from ._moe_routing import Routing, empty_routing, plain_route, route
+from ._moe_routing import Routing, countable, empty_routing, plain_route, route
 from ._moe_rows import Grads, How, plain_backward, plain_inner, plain_outer, reference
 from ._vjp import Args, Needs, custom_vjp
 
@@ -194,7 +194,7 @@ def moe_experts(
     Raises:
         TypeError: a tensor is not of a float dtype, dtypes differ, topk_index is not of an integer dtype, limit or alpha is not a number.
         ValueError: a shape does not fit, E, H, I or k is 0, devices differ, an unknown option, limit or alpha not above 0, limit or
-            "interleaved" without a gate, alpha with another activation.
+            "interleaved" without a gate, alpha with another activation, T k has no int32.
 
     Example:
         >>> gate_up, down = torch.ones(3, 2, 2), torch.ones(3, 2, 1)
@@ -204,11 +204,20 @@ def moe_experts(
 
     Source: Shazeer et al. 2017, arXiv:1701.06538; Gale et al. 2022, arXiv:2211.15841.
     """
-    op = "moe_experts"
+    return arguments(
+        "moe_experts", x, gate_up, down, topk_index, topk_weight, gate_up_bias, down_bias, activation, packed, limit, alpha, save
+    )
+
+
+def arguments(
+    op: str, x: Tensor, gate_up: Tensor, down: Tensor, topk_index: Tensor, topk_weight: Tensor, gate_up_bias: Tensor | None,
+    down_bias: Tensor | None, activation: str, packed: str, limit: float | None, alpha: float, save: str,
+) -> Args:  # fmt: skip
+    """What the op takes, or the error of what does not fit."""
     _check.floats(op, "x", x)
-    _check.choice(op, "activation", activation, ("silu", "gelu_tanh", "gelu", "relu2", "clamped_swiglu"))
-    _check.choice(op, "packed", packed, ("concat", "interleaved"))
-    _check.choice(op, "save", save, ("gate_up", "recompute"))
+    _check.choice(op, "activation", activation, get_args(Activation))
+    _check.choice(op, "packed", packed, get_args(Packed))
+    _check.choice(op, "save", save, get_args(Save))
     options = activation, packed, *_numbers(op, activation, packed, limit, alpha), save
     _check_weights(op, x, gate_up, down, gate_up_bias, down_bias, 1 if activation == "relu2" else 2)
     index, weight = _choices(op, x, topk_index, topk_weight)
@@ -266,4 +275,5 @@ def _choices(op: str, x: Tensor, topk_index: Tensor, topk_weight: Tensor) -> tup
     _check.at_least_one(op, "the last axis of topk_weight", k)
     for name, t in (("topk_weight", topk_weight), ("topk_index", topk_index)):
         _check.shape(op, name, t, (*x.shape[:-1], k), "the axes of x but the last, and k choices")
+    countable(op, topk_index)
     return (topk_index if topk_index.dtype in (torch.int64, torch.int32) else topk_index.long()).contiguous(), topk_weight.contiguous()

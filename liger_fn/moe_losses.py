@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import _check
 from ._check import dense, wide
-from ._launch import cdiv, launch, next_power_of_2, processors, rows_and_stride
+from ._launch import cdiv, has_fp64, launch, next_power_of_2, processors, rows_and_stride
 from ._moe_loss_kernels import _balance_parts_kernel, _balance_sum_kernel, _router_losses_bwd_kernel, _z_parts_kernel, _z_sum_kernel
 from ._vjp import Args, Needs, custom_vjp
 
@@ -156,12 +156,13 @@ def _fwd(logits: Tensor, index: Tensor, mask: Tensor | None, num_experts: int, n
     device, e, n = logits.device, logits.shape[-1], prod(logits.shape[:-1])
     parts, tile = _cut(n, e, device)
     (x, stride), (i, i_stride), (flags, t) = rows_and_stride(logits), rows_and_stride(index), _flags(mask)
-    p = slope.new_empty(parts, e)
+    fp64 = has_fp64(device)
+    p = slope.new_empty(parts, e, dtype=torch.float64 if fp64 else torch.float32)
     c, counts = torch.empty_like(p, dtype=torch.int32), p.new_empty(parts, dtype=torch.int32)
     launch(
-        _balance_parts_kernel, (parts,), device, x, i, flags, p, c, counts, stride, i_stride, n, t, index.shape[-1], e, **tile
+        _balance_parts_kernel, (parts,), device, x, i, flags, p, c, counts, stride, i_stride, n, t, index.shape[-1], e, FP64=fp64, **tile
     )  # fmt: skip
-    launch(_balance_sum_kernel, (1,), device, p, c, counts, y, slope, parts, e, num_experts, **tile)
+    launch(_balance_sum_kernel, (1,), device, p, c, counts, y, slope, parts, e, num_experts, FP64=fp64, **tile)
     return y, Residuals(logits, mask, slope)
 
 
@@ -177,7 +178,7 @@ def _z_fwd(logits: Tensor, mask: Tensor | None, needs: Needs) -> tuple[Tensor, Z
     (x, stride), (flags, t) = rows_and_stride(logits), _flags(mask)
     z, counts = y.new_empty(parts), y.new_empty(parts, dtype=torch.int32)
     launch(_z_parts_kernel, (parts,), device, x, flags, z, counts, stride, n, t, e, **tile)
-    launch(_z_sum_kernel, (1,), device, z, counts, y, count, parts, BLOCK=1024, num_warps=4)
+    launch(_z_sum_kernel, (1,), device, z, counts, y, count, parts, FP64=has_fp64(device), BLOCK=1024, num_warps=4)
     return y, ZResiduals(logits, mask, count)
 
 

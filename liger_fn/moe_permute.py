@@ -21,7 +21,7 @@ from . import _check
 from ._check import wide
 from ._launch import cdiv, jit, launch, next_power_of_2, rows_and_stride, tl
 from ._moe_launch import token_sums
-from ._moe_routing import Routing, plain_route, route
+from ._moe_routing import Routing, countable, plain_route, route
 from ._vjp import Args, Needs, custom_vjp
 
 TILE = 4096  # elements that a program holds of each tensor
@@ -227,7 +227,7 @@ def moe_permute(x: Tensor, topk_index: Tensor, num_experts: int) -> Args:
 
     For experts of your own (other kernels, low-rank adapters, experts on other devices): they compute on `rows`, those of expert e from
     `plan.offsets[e]` to `plan.offsets[e + 1]`, and `moe_unpermute(rows, plan, topk_weight)` brings the results back to the tokens.
-    `moe_experts` does all of it in one call, and writes no sorted copy of x.
+    `moe_experts` does all of it in one call.
 
     Args:
         x: `[..., H]`, any strides, H at least 1; float32, bfloat16, float16 (kernels) or float64 (plain PyTorch).
@@ -244,7 +244,7 @@ def moe_permute(x: Tensor, topk_index: Tensor, num_experts: int) -> Args:
     Raises:
         TypeError: x is not of a float dtype, topk_index not of an integer dtype.
         ValueError: topk_index has not the axes of x but the last and k choices, H or k is 0, num_experts is not an integer of at least 1,
-            devices differ.
+            devices differ, T k has no int32.
 
     Example:
         >>> rows, plan = liger_fn.moe_permute(torch.tensor([[1.0], [2.0]]), torch.tensor([[2, 0], [0, -1]]), 3)
@@ -262,6 +262,7 @@ def moe_permute(x: Tensor, topk_index: Tensor, num_experts: int) -> Args:
     _check.rank(op, "topk_index", topk_index, 1)
     _check.at_least_one(op, "the last axis of topk_index", topk_index.shape[-1])
     _check.shape(op, "topk_index", topk_index, (*x.shape[:-1], topk_index.shape[-1]), "the axes of x but the last, and k choices")
+    countable(op, topk_index)
     _check.same_device(op, x, topk_index=topk_index)
     _check.integer(op, "num_experts", num_experts, 1)
     kernels = topk_index if topk_index.dtype in (torch.int64, torch.int32) else topk_index.long()

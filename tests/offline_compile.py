@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from tests.sample import flat
 BUDGET = Path(__file__).with_name("offline_compile.json")
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+SHORT = {torch.float64: "fp64", FP32: "fp32", BF16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
 Usage = dict[str, int]
 
 
@@ -102,7 +104,9 @@ def job(launch: _launch.Launch) -> Job:
 
 def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
-        return "*" + {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int64": "i64", "int32": "i32"}[str(value.dtype)[6:]]
+        return "*" + SHORT[value.dtype]
+    if isinstance(base := getattr(value, "base", None), Tensor):  # blocks of it
+        return f"tensordesc<{SHORT[base.dtype]}{list(value.block_shape)}>"
     if value is None or (isinstance(value, int) and value == 1):
         return "constexpr"
     if isinstance(value, bool):
@@ -116,8 +120,8 @@ def jobs() -> dict[str, dict[str, Job]]:
     for table in TABLES.values():
         for case in table.launches:
             for dtype in (BF16, FP32):
-                for launch, amd in zip(launches(table, case, dtype), as_on_amd(table, case, dtype), strict=True):
-                    one = {target: job(amd if kind[0] == "hip" else launch) for target, kind in TARGETS.items()}
+                for made in zip(*(as_on(target, table, case, dtype) for target in TARGETS), strict=True):
+                    one = {target: job(launch) for target, launch in zip(TARGETS, made, strict=True)}
                     if one not in named.values():
                         base = name = f"{table.op}{one['sm_80'].kernel.removesuffix('_kernel')}-{case.name}-{str(dtype)[6:]}"
                         while name in named:
@@ -126,15 +130,25 @@ def jobs() -> dict[str, dict[str, Job]]:
     return named
 
 
-def as_on_amd(table: Table, case: Case, dtype: torch.dtype) -> list[_launch.Launch]:
-    """The same launches on a GPU whose warps are 64 wide, of which a block has at most 16."""
-    here = _launch.MAX_WARPS, _launch.NVIDIA
-    _launch.MAX_WARPS, _launch.NVIDIA = 16, False
+# What decides on launches: warps of a block at most (AMD's are 64 wide), NVIDIA or not, an engine that copies blocks.
+KINDS = {"sm_80": (32, True, False), "sm_90": (32, True, True), "sm_100": (32, True, True), "gfx942": (16, False, False)}
+
+
+def as_on(target: str, table: Table, case: Case, dtype: torch.dtype) -> list[_launch.Launch]:
+    """The launches that are made on such a GPU."""
+    return _as_on(KINDS[target], table.op, case.name, dtype)
+
+
+@cache
+def _as_on(kind: tuple[int, bool, bool], op: str, name: str, dtype: torch.dtype) -> list[_launch.Launch]:
+    table = TABLES[op]
+    here = _launch.MAX_WARPS, _launch.NVIDIA, _launch.ENGINE
+    _launch.MAX_WARPS, _launch.NVIDIA, _launch.ENGINE = kind
     _forget_plans()
     try:
-        return launches(table, case, dtype)
+        return launches(table, next(c for c in table.launches if c.name == name), dtype)
     finally:
-        _launch.MAX_WARPS, _launch.NVIDIA = here
+        _launch.MAX_WARPS, _launch.NVIDIA, _launch.ENGINE = here
         _forget_plans()
 
 

@@ -9,6 +9,7 @@ import torch
 
 from .table import BF16, FP16, FP32, FP64, HALVES, Case, Inputs, Maker, Table
 
+RELU2 = {"activation": "relu2"}
 GPT_OSS = {"activation": "clamped_swiglu", "packed": "interleaved", "limit": 1.0}
 
 
@@ -64,10 +65,12 @@ MOE_EXPERTS = Table(
         Case("all-absent", experts(3, e=2, k=2, h=8, i=24, only=-1)),
         Case("one-expert", experts(20, e=2, k=1, h=8, i=24, only=1, bias=True), draws=3, dtypes=(FP32,)),
         Case("many-experts", experts(4, e=12, k=4, h=8, i=12), draws=2, dtypes=(BF16,)),
-        Case("relu2", experts(8, e=2, k=4, h=16, i=28, halves=1, bias=True, weight=FP32), {"activation": "relu2"}, dtypes=HALVES, draws=3),
+        # The square has heavy tails: over fewer rows, which of the two errs less is luck.
+        Case("relu2", experts(64, e=2, k=4, h=16, i=28, halves=1, bias=True, weight=FP32), RELU2, dtypes=HALVES, draws=12),
         Case("gelu", experts(8, e=2, k=4, h=16, i=28), {"activation": "gelu"}, draws=3, dtypes=(FP32,)),
         Case("gelu-tanh", experts(8, e=2, k=4, h=16, i=28), {"activation": "gelu_tanh", "packed": "interleaved"}, draws=3, dtypes=(BF16,)),
-        Case("limit", experts(8, e=2, k=4, h=16, i=28), {"limit": 0.4}, draws=3),
+        # A limit that every dtype has: of another, plain PyTorch compares with the rounded one, and which of the two errs is luck.
+        Case("limit", experts(8, e=2, k=4, h=16, i=28), {"limit": 0.375}, draws=3),
         Case("minimax", experts(8, e=2, k=4, h=16, i=28), {"activation": "clamped_swiglu", "alpha": 1.5}, draws=3, dtypes=(BF16,)),
         Case("recompute", experts(8, e=2, k=4, h=16, i=28, bias=True), {"save": "recompute"}, draws=2, dtypes=(BF16,)),
     ),

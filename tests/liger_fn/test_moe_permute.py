@@ -32,6 +32,14 @@ class TestMoePermute(Contract):
         wrong("index-shape", ValueError, "topk_index must have shape [2, 3, 2]", "[1, 3, 2]", topk_index=lambda i: i[1:]),
         wrong("no-choice", ValueError, "the last axis of topk_index must have at least 1", topk_index=lambda i: i[..., :0]),
         wrong("device", ValueError, "topk_index must be on", "meta", ".to(", topk_index=lambda i: i.to("meta")),
+        wrong(
+            "too-many",
+            ValueError,
+            "fewer than 2^31 - 2^16",
+            "[2, 3, 536870912]",
+            "split",
+            topk_index=lambda i: i[..., :1].expand(2, 3, 2**29),
+        ),
         wrong("no-experts", ValueError, "num_experts must be an integer of at least 1", "0", num_experts=0),
         wrong("experts-float", ValueError, "num_experts must be an integer", "3.0", num_experts=3.0),
     )

@@ -98,6 +98,8 @@ def test_is_the_router_of(backend: str, name: str, device: torch.device) -> None
         logits, weight, index = router(x, bias)
     else:
         logits, weight, index = of_llama4(*router(x)) if model_type == "llama4" else router(x)
+    if not logits.is_floating_point():
+        pytest.skip(f"this transformers has another {kind}, which sorts tokens")
     got, chosen = liger_fn.moe_router(logits, bias=bias if bias is None else bias.flatten(), **options)
     near = 1e-5 if model_type == "lfm2_moe" else 1e-6  # which adds 1e-6 to the sum
     want = torch.zeros_like(logits).scatter(-1, index, weight)
