@@ -6,6 +6,7 @@ Each function is stateless, differentiable, and carries its parts: `op.fwd`, `op
 from ._backend import backend, use_backend
 from .add_rms_norm import add_rms_norm
 from .cross_entropy import cross_entropy
+from .expert_parallel import expert_parallel_moe_experts
 from .glu import geglu, reglu, swiglu
 from .glu_packed import geglu_packed, swiglu_packed
 from .group_norm import group_norm
@@ -31,6 +32,7 @@ __all__ = [
     "add_rms_norm",
     "backend",
     "cross_entropy",
+    "expert_parallel_moe_experts",
     "geglu",
     "geglu_packed",
     "group_norm",

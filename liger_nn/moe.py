@@ -12,26 +12,31 @@ import liger_fn
 
 
 class Experts(nn.Module):
-    """All experts of a layer, over `liger_fn.moe_experts`.
+    """All experts of a layer, over `liger_fn.moe_experts`; or those of one rank, over `liger_fn.expert_parallel_moe_experts`.
 
     Args:
         hidden_size: of the input and the output.
         intermediate_size: of each expert's gate and up projection.
-        num_experts: how many there are.
+        num_experts: how many there are, on all ranks together.
         bias: whether projections have one.
-        options: what `liger_fn.moe_experts` takes besides: `activation`, `packed`, `limit`, `alpha`, `save`.
+        group: a `torch.distributed.ProcessGroup` over whose ranks the experts are divided in their order; None for all of them here.
+        options: what `liger_fn.moe_experts` takes besides: `activation`, `packed`, `limit`, `alpha`, `save`; with a group also `exchange`.
         device, dtype: of the parameters.
 
     State: `gate_up_proj` `[E, 2I, H]` (`[E, I, H]` under the name `up_proj` for an activation without a gate) and `down_proj` `[E, H, I]`,
-    with `_bias` behind the name of one that has any: the names that transformers' experts have.
+    with `_bias` behind the name of one that has any: the names that transformers' experts have. With a group, the rows of this rank.
     """
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, num_experts: int, bias: bool = False, *,
+        self, hidden_size: int, intermediate_size: int, num_experts: int, bias: bool = False, *, group: Any = None,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.options = options
+        ranks = 1 if group is None else group.size()
+        if num_experts % ranks:
+            raise ValueError(f"Experts: num_experts must be a multiple of the group's {ranks} ranks, got {num_experts}; add some to pad it")
+        num_experts //= ranks
+        self.options = options if group is None else options | {"group": group}
         gated = options.get("activation") != "relu2"
         self.first = "gate_up_proj" if gated else "up_proj"
         columns = 2 * intermediate_size if gated else intermediate_size
@@ -52,7 +57,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, topk_index: Tensor, topk_weight: Tensor) -> Tensor:
         down: Any = self.down_proj
-        return liger_fn.moe_experts(
+        experts = liger_fn.expert_parallel_moe_experts if "group" in self.options else liger_fn.moe_experts
+        return experts(
             x, getattr(self, self.first), down, topk_index, topk_weight,
             gate_up_bias=getattr(self, f"{self.first}_bias", None), down_bias=getattr(self, "down_proj_bias", None), **self.options,
         )  # fmt: skip
@@ -67,7 +73,7 @@ class MoEMLP(nn.Module):
         score, groups, normalize, scale: as in `liger_fn.moe_router`.
         correction_bias: whether there is a buffer `e_score_correction_bias` `[E]` that takes part in the choice alone (DeepSeek-V3);
             who trains updates it.
-        options: what `liger_fn.moe_experts` takes besides.
+        options: what `Experts` takes besides: `group`, and the options of `liger_fn.moe_experts`.
         device, dtype: of the parameters.
 
     State: `gate.weight` and `experts.…`, the names of transformers' mixtures.

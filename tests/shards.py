@@ -73,7 +73,13 @@ def together(work: Callable[[int, int, str, str], None], size: int, where: Path,
     start = "spawn" if kind == "cuda" else "forkserver"
     if start == "forkserver":
         multiprocessing.get_context(start).set_forkserver_preload(
-            ["tests.conftest", "tests.liger_fn.test_vocab_parallel", "tests.shards_distill", "torch._dynamo"]
+            [
+                "tests.conftest",
+                "tests.liger_fn.test_vocab_parallel",
+                "tests.shards_distill",
+                "tests.liger_fn.test_expert_parallel",
+                "torch._dynamo",
+            ]
         )
     ranks = mp.start_processes(work, (size, str(where), kind), size, join=False, start_method=start)
     end = time.monotonic() + SECONDS

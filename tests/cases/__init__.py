@@ -9,7 +9,7 @@ from .glu import GEGLU, GEGLU_PACKED, REGLU, RELU_SQUARED, SWIGLU, SWIGLU_MLP, S
 from .group_norm import GROUP_NORM
 from .losses import ACCUMULATE, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, LINEAR_LOG_PROB, REDUCTIONS, SMALL_BUDGET, SOFTMAX
 from .moe import MOE_LOAD_BALANCING_LOSS, MOE_ROUTER, MOE_Z_LOSS
-from .moe_experts import MOE_EXPERTS
+from .moe_experts import EXPERT_PARALLEL_MOE_EXPERTS, MOE_EXPERTS
 from .moe_permute import MOE_PERMUTE, MOE_UNPERMUTE
 from .norms import ADD_RMS_NORM, LAYER_NORM, RMS_NORM
 from .rope import ROPE
@@ -45,6 +45,7 @@ TABLES = {
         VOCAB_PARALLEL_LINEAR_CROSS_ENTROPY,
         VOCAB_PARALLEL_LINEAR_LOG_PROB,
         VOCAB_PARALLEL_LINEAR_DISTILL,
+        EXPERT_PARALLEL_MOE_EXPERTS,
     )
 }
 
@@ -53,6 +54,7 @@ __all__ = [
     "ADD_RMS_NORM",
     "BF16",
     "CROSS_ENTROPY",
+    "EXPERT_PARALLEL_MOE_EXPERTS",
     "FP16",
     "FP32",
     "FP64",

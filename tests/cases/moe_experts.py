@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -90,9 +91,12 @@ MOE_EXPERTS = Table(
     on_gpu=(
         Case("ragged", experts(1000, e=7, k=3, h=328, i=520), dtypes=HALVES),
         Case("gpt-oss", experts(1000, e=4, k=2, h=384, i=512, bias=True, stored=True), GPT_OSS, dtypes=(BF16, FP16)),
-        Case("relu2", experts(1000, e=4, k=2, h=384, i=512, halves=1), {"activation": "relu2"}),
+        Case("relu2", experts(1000, e=4, k=2, h=384, i=512, halves=1), RELU2),
         Case("few", experts(200, e=64, k=4, h=384, i=512, every=5)),
     ),
     large=Case("large", experts(2**31 // 4096 + 3, e=4, k=1, h=4096, i=64), dtypes=(BF16,)),
     autocast=True,
 )
+
+# On a rank alone: more ranks are in `tests.shards_experts`.
+EXPERT_PARALLEL_MOE_EXPERTS = replace(MOE_EXPERTS, op="expert_parallel_moe_experts", cases=(), hostile=(), launches=(), on_gpu=())
