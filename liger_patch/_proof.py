@@ -304,11 +304,13 @@ def _over(root: Any, spec: Head, states: Tensor, linear: nn.Linear) -> nn.Module
     first, _, rest = spec.name.partition(".")
     if rest and isinstance(getattr(root, first), PreTrainedModel):  # a causal LM within
         twin = stand_in(root, modules={first: _over(getattr(root, first), replace(spec, name=rest), states, linear)})
-        twin.__dict__["get_input_embeddings"] = lambda: lambda ids: states.detach()
-        return twin
-    base = next((n for n, child in root.named_children() if isinstance(child, PreTrainedModel)), root.base_model_prefix)
-    others = {path: nn.Identity() for path in spec.before} | {spec.name: linear}
-    return _within(root, {base: _Fixed(states, getattr(root, base)), **others})
+    else:
+        models = [name for name, child in root.named_children() if isinstance(child, PreTrainedModel)]
+        base = "model" if "model" in models else (*models, root.base_model_prefix)[0]  # of several, the others are towers
+        others = {path: nn.Identity() for path in spec.before} | {spec.name: linear}
+        twin = _within(root, {base: _Fixed(states, getattr(root, base)), **others})
+    twin.__dict__["get_input_embeddings"] = lambda: lambda ids: states.detach()
+    return twin
 
 
 def _within(module: Any, others: Mapping[str, nn.Module]) -> nn.Module:

@@ -1,12 +1,24 @@
 """Models of several: the head of the whole, and parts whose own output layer is that of the whole."""
 
-from .._spec import GLU, Arch, Head, Norm, Rope
+from .._spec import GLU, Arch, Experts, Head, Norm, Rope
 from ._like import LAYER_NORM, OF_TOKENS, like
 
 ARCHS = (
+    Arch("aria", head=Head()),
     like("blt_local_decoder", "Blt", rope=Rope(kind="interleaved"), head=None),
     like("blt_patcher", "Blt", rope=Rope(kind="interleaved"), head=None),
     Arch("cpmant", norm=Norm("CpmAntLayerNorm")),
+    Arch("deepseek_ocr2", norm=LAYER_NORM, head=Head()),
+    Arch("diffusion_gemma", norm=Norm("DiffusionGemmaRMSNorm", cast="gemma")),
+    Arch(
+        "dots3_note",
+        norm=(Norm("Dots3NoteRMSNorm"), LAYER_NORM),
+        mlp=(GLU("Dots3NoteVisionMLP"), GLU("Dots3NoteAudioMLP", packed="gate_up_proj", act_fn="activation_fn")),
+        rope=(OF_TOKENS, Rope()),
+        head=Head(),
+        experts=Experts("Dots3NoteExperts"),
+    ),
+    Arch("ernie4_5_vl_moe", norm=(Norm("Ernie4_5_VLMoeRMSNorm"), LAYER_NORM), rope=OF_TOKENS, head=Head()),
     Arch("fuyu", head=Head()),
     Arch("gemma3", norm=Norm("Gemma3RMSNorm", offset=1.0, cast="gemma"), head=Head()),
     Arch("gemma4", head=Head()),
@@ -22,13 +34,17 @@ ARCHS = (
         head=None,
     ),
     Arch("glm4v_vision", norm=(Norm("Glm4vRMSNorm"), LAYER_NORM), mlp=GLU("Glm4VisionMlp"), rope=OF_TOKENS),
+    Arch("glm5_next", norm=(Norm("Glm5NextRMSNorm"), LAYER_NORM), rope=OF_TOKENS, head=Head()),
     Arch("got_ocr2", head=Head()),
     Arch("idefics3", head=Head()),
+    Arch("inkling2", norm=LAYER_NORM),
     Arch("llama4", head=Head("language_model.lm_head")),
     Arch("llava", head=Head()),
     Arch("llava_next", head=Head()),
     Arch("llava_onevision", head=Head()),
+    Arch("minimax_m3_vl", norm=LAYER_NORM, rope=OF_TOKENS, head=Head()),
     Arch("mistral3", norm=Norm("Mistral3RMSNorm"), head=Head()),
+    Arch("mistral_large4", norm=Norm("MistralLarge4RMSNorm"), head=Head(softcap="final_logit_softcapping")),
     Arch("mllama", head=Head()),
     like("mllama_text_model", "MllamaText", head=None),
     Arch("modernbert", norm=LAYER_NORM, mlp=GLU("ModernBertMLP", act="gelu", down="Wo", packed="Wi", act_fn="act"), rope=Rope()),
@@ -39,6 +55,12 @@ ARCHS = (
         rope=Rope(),
         head=Head("decoder", before=("lm_head",)),
     ),
+    Arch(
+        "muse_spark",
+        norm=LAYER_NORM,
+        rope=OF_TOKENS,
+        head=Head(scale="config.text_config.output_multiplier", softcap="config.text_config.final_logit_softcapping"),
+    ),
     Arch("paligemma", head=Head()),
     like("pixtral", "Pixtral", mlp=GLU("PixtralMLP", act="gelu"), head=None),
     Arch("qwen2_5_vl", head=Head()),
@@ -48,8 +70,18 @@ ARCHS = (
     like("qwen2_vl_text", "Qwen2VL", mlp=GLU("Qwen2MLP"), head=None),
     Arch("qwen3_5", head=Head()),
     Arch("qwen3_5_moe", head=Head()),
+    Arch(
+        "qwen3_omni_moe",
+        norm=(Norm("Qwen3OmniMoeRMSNorm"), Norm("Qwen3OmniMoeCode2WavRMSNorm"), LAYER_NORM),
+        mlp=(GLU("Qwen3OmniMoeMLP"), GLU("Qwen3OmniMoeCode2WavMlp")),
+        rope=Rope(),
+    ),
+    Arch("qwen3_omni_moe_thinker", norm=LAYER_NORM, rope=OF_TOKENS, head=Head()),
     Arch("qwen3_vl", head=Head()),
     Arch("qwen3_vl_moe", head=Head()),
     like("qwen3_vl_text", "Qwen3VLText", head=None),
+    Arch("qwen4_exp", norm=LAYER_NORM, rope=OF_TOKENS, head=Head()),
     Arch("smolvlm", head=Head()),
+    Arch("step3p7", norm=LAYER_NORM, rope=OF_TOKENS, head=Head()),
+    Arch("unlimited_ocr", norm=LAYER_NORM, head=Head()),
 )

@@ -1,15 +1,14 @@
 """Decoders built like Llama: RMSNorm, a gated MLP, rotary embedding of halves, an output layer."""
 
-from .._spec import GLU, Head
+from .._spec import GLU, Experts, Head
 from ._like import like
 
 ARCHS = (
     like("apertus", "Apertus", mlp=None),
     like("arcee", "Arcee", mlp=GLU("ArceeMLP", act="relu_squared", gate="")),
-    like("beam", "Beam", cast="gemma", head=Head(softcap="config.final_logit_softcapping")),
     like("bitnet", "BitNet", mlp=None),
     like("cwm", "Cwm"),
-    like("doge", "Doge"),
+    like("doge", "Doge", experts=Experts("DogeCDMoE", stock="an expert is a row of two embeddings")),
     like("emu3_text_model", "Emu3"),
     like("exaone4", "Exaone4"),
     like(
@@ -18,7 +17,6 @@ ARCHS = (
         mlp=GLU("FalconH1MLP", gate_multiplier="gate_multiplier", down_multiplier="down_multiplier"),
         head=Head(scale="config.lm_head_multiplier"),
     ),
-    like("flint", "Flint", cast="gemma"),
     like("granite", "Granite", head=Head(divide="config.logits_scaling")),
     like("granite_swa", "GraniteSWA", head=Head(divide="config.logits_scaling")),
     like("hrm_text", "HrmText"),

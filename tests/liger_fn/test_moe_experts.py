@@ -11,7 +11,7 @@ from torch import Tensor
 
 import liger_fn
 from liger_fn import _moe_launch
-from liger_fn._moe_launch import CUTS, FULL, Cut
+from liger_fn._moe_launch import CUTS, FULL, Cut, Tile
 from tests import cases
 from tests.cases.moe_experts import GPT_OSS, experts
 from tests.contract import Contract, wrong
@@ -147,11 +147,13 @@ def test_a_token_does_not_depend_on_others(dtype: torch.dtype, device: torch.dev
 
 
 RELU2 = {"activation": "relu2"}
+SMALL = Tile(32, 32, 32, 2, 4, blocks=True)  # so that a few rows and columns are several tiles
 EVERY_CUT = [
     pytest.param(cut, wide, options, id=f"{name}-{options.get('activation', 'silu')}")
     for name, cut, wide, ways in (
         ("many", CUTS[64], 10**9, ({}, GPT_OSS)),
-        ("copied", CUTS[64], 0, ({}, GPT_OSS, RELU2)),
+        ("small", Cut(*6 * [SMALL]), 10**9, ({}, GPT_OSS)),
+        ("copied", Cut(*6 * [SMALL]), 0, ({}, GPT_OSS, RELU2)),
         ("few", CUTS[0], 10**9, (RELU2,)),
         ("full", FULL, 10**9, (GPT_OSS, RELU2)),
     )

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import liger_fn
 import liger_patch
 from liger_patch import _registry
-from tests.liger_patch.tiny import VOCAB, build
+from tests.liger_patch.tiny import PINNED, VOCAB, build
 
 STEPS = 20
 TYPES = tuple(liger_patch.supported())
 UNABLE = ("blt", "blt_local_decoder", "blt_patcher", "git")  # by tokens alone, as the original
+EMBEDDED = ("qwen3_omni_moe_talker_text",)  # given vectors, since the original has no embedding where it looks for one
+OF_IMAGES = dict.fromkeys(("dots3_note", "ernie4_5_vl_moe", "ernie4_5_vl_moe_text"), 1)  # layers of experts that only images go through
 # One of each kind, of those that the compiler takes as they are; all are compiled on a GPU.
 COMPILED = (
     *("llama", "gemma2", "qwen3", "cohere", "glm4", "phi3", "gpt_neox", "olmo2", "granite", "nemotron", "nanochat", "deepseek_v2"),
@@ -35,13 +39,16 @@ TWO_LAYERS = ("llama", "deepseek_v2", "modernbert")
 def inputs(model: PreTrainedModel, seed: int = 1) -> dict[str, Tensor]:
     """Tokens, and their labels where the model takes any; nothing where it runs on other things."""
     generator = torch.Generator().manual_seed(seed)
+    if model.config.model_type in EMBEDDED:
+        return {"inputs_embeds": torch.randn(2, 9, model.config.hidden_size, generator=generator)}
     takes = inspect.signature(type(model).forward).parameters
     if "input_ids" not in takes or model.config.model_type in UNABLE:
         return {}
     ids = torch.randint(7, VOCAB, (2, 9), generator=generator)  # past the ids of images and padding
     labels = ids.clone()
     labels[0, :2] = -100
-    return {"input_ids": ids} | ({"labels": labels} if "labels" in takes else {})
+    given = {"input_ids": ids} | ({"labels": labels} if "labels" in takes else {})
+    return given | ({"decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder and "decoder_input_ids" in takes else {})
 
 
 def seed() -> None:
@@ -62,8 +69,9 @@ def loss_of(model: PreTrainedModel, **given: Tensor) -> Tensor:
 
 
 def logits_of(model: PreTrainedModel, given: dict[str, Tensor]) -> Tensor:
+    seed()
     with torch.no_grad():
-        return model.eval()(input_ids=given["input_ids"])[0]
+        return model.eval()(**{name: ids for name, ids in given.items() if name != "labels"})[0]
 
 
 def train(model: PreTrainedModel) -> Tensor:
@@ -91,21 +99,21 @@ def same_gradients(model: PreTrainedModel, loss: Tensor, stock: PreTrainedModel,
 
 
 @pytest.fixture
-def called(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The functions of the library that were called."""
-    names: set[str] = set()
+def called(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """The functions of the library that were called, and how often."""
+    names: Counter[str] = Counter()
     glus = ("swiglu", "geglu", "reglu", "relu_squared")
     for name in ("rms_norm", "layer_norm", *glus, "rope", "moe_experts", "linear_cross_entropy", "cross_entropy"):
         for variant in (name, f"{name}_packed", f"{name}_complex"):
             function = getattr(liger_fn, variant, None)
             if function is not None:
-                wrapped = lambda *args, function=function, name=name, **kwargs: (names.add(name), function(*args, **kwargs))[1]  # noqa: E731
+                wrapped = lambda *args, function=function, name=name, **kwargs: (names.update([name]), function(*args, **kwargs))[1]  # noqa: E731
                 monkeypatch.setattr(liger_fn, variant, wrapped)
     return names
 
 
 @pytest.mark.parametrize("model_type", TYPES)
-def test_an_entry_is_the_model(model_type: str, called: set[str]) -> None:
+def test_an_entry_is_the_model(model_type: str, called: Counter[str]) -> None:
     """Loss, logits and gradients are the original's, every operation is really in its place, and all of it can be undone."""
     stock = build(model_type)
     model = copy.deepcopy(stock)
@@ -117,6 +125,9 @@ def test_an_entry_is_the_model(model_type: str, called: set[str]) -> None:
     parts = {op for arch in inner if arch is not None for op in arch.ops()} - {"linear_cross_entropy", "cross_entropy"}
     assert {*entry.ops(), *parts} <= patched | absent, report
     assert patched, report
+    experts = [row.status for row in report if row.op == "experts"]
+    if "experts" in entry.ops() and transformers.__version__ == PINNED:
+        assert set(experts) == {"patched"}, report  # a tiny model of a mixture has experts
     given = inputs(model)
     if not given:  # its swaps were proved when they were made
         liger_patch.revert(model)
@@ -129,6 +140,7 @@ def test_an_entry_is_the_model(model_type: str, called: set[str]) -> None:
         # Towers do not run on tokens; the plain cross entropy only where there are logits.
         ran = {{"moe_experts": "experts"}.get(name, name) for name in called}
         assert ran >= patched - {"cross_entropy", "causal_mask"}, report
+    assert called["moe_experts"] == experts.count("patched") - OF_IMAGES.get(model_type, 0), report
     want = loss_of(stock, **given)
     torch.testing.assert_close(loss, want, rtol=2e-6, atol=2e-6)
     same_gradients(model, loss, stock, want)

@@ -30,7 +30,8 @@ SIZES: dict[str, int] = {
     "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 4, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": VOCAB, "linear_head_dim": 8,
-    "linear_num_heads": 4, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 4,
+    "linear_num_heads": 4, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8,
+    "n_groups": 1, "chunk_size": 4,
     "moe_shared_expert_intermediate_size": 16, "shared_experts_intermediate_size": 16, "index_head_dim": 8, "index_n_heads": 2,
     # towers
     "image_size": 16, "patch_size": 8, "num_channels": 3, "depth": 2, "num_heads": 4, "embed_dim": 32, "out_hidden_size": 32,
@@ -80,6 +81,48 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
 }
+ONE_OF_TWO = {"mlp_layer_types": ["dense", "sparse"]}
+FEW = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
+# Mixtures: some are dense, or are so in their first layers, unless a configuration says otherwise.
+SPECIAL |= {
+    "beam": ONE_OF_TWO,
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_ocr2_text": ONE_OF_TWO | {"num_experts_per_tok": 2},
+    "diffusion_gemma": {"canvas_length": 4, "vision_config": {
+        "model_type": "gemma4_vision", "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 4,
+    }},
+    # Its scores are divided by nothing: two such layers magnify rounding until the original is no longer like itself.
+    "diffusion_gemma_text": FEW | {"num_hidden_layers": 1, "layer_types": ["full_attention"]},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32, "downsample_hidden_size": 16},
+    "dots3_note_vision_encoder": ONE_OF_TWO | {"adapter_in_dim": 32, "adapter_out_dim": 32},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [16, 8], "rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}},
+    "flint": {"mlp_only_layers": [0]},
+    # Scores are divided by nothing: with the default width of global heads, 512, they magnify rounding.
+    "gemma4_text": FEW | {"enable_moe_block": True, "head_dim": 8, "global_head_dim": 8},
+    "glm5_next_text": ONE_OF_TWO | {"qk_rope_head_dim": 0},
+    "inkling2_vision": {"text_hidden_size": 32},
+    "mistral4": {"head_dim": 16},
+    "muse_spark": {"projector_hidden_size": 32},
+    "muse_spark_audio": {"hidden_sizes": (8, 16), "patch_sizes": (4, 4), "depths": (1, 1), "out_hidden_size": 32},
+    "muse_spark_text": {"moe_hidden_size": 32},
+    "muse_spark_vision": {"layer_types": ["window_attention", "full_attention"]},
+    "nllb-moe": {"encoder_sparse_step": 1, "decoder_sparse_step": 1},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 16},
+    "qwen3_omni_moe_text": {"mlp_only_layers": [0]},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2,
+        "hc_lowrank": 8,
+    },
+    "step3p5": ONE_OF_TWO | {"sliding_window": 16},
+    "vitpose_backbone": {"num_experts": 2, "part_features": 8},
+    # configurations of no type, by their classes
+    "Qwen3OmniMoeCode2WavConfig": {"decoder_dim": 32, "upsample_rates": (2,), "codebook_size": 64},
+    "Qwen3OmniMoeTalkerConfig": {"spatial_merge_size": 2},
+}  # fmt: skip
 
 
 def config_of(model_type: str, *, layers: int = 2) -> PreTrainedConfig:
@@ -97,7 +140,8 @@ def _small(config: PreTrainedConfig, special: dict[str, Any], least: int) -> Pre
         if isinstance(now, int):
             sizes[name] = value
     inner = {name: value for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)}
-    sizes |= {name: _small(value, SPECIAL.get(value.model_type, {}), least) for name, value in inner.items()}
+    small = {name: _small(value, SPECIAL.get(value.model_type or type(value).__name__, {}), least) for name, value in inner.items()}
+    sizes |= small if config.model_type else {name: value.to_dict() for name, value in small.items()}
     layers = vars(config).get("layer_types")
     if isinstance(layers, (list, tuple)) and layers:
         kinds = list(dict.fromkeys(layers))
@@ -125,10 +169,18 @@ PINNED = re.findall(r"^transformers==(\S+)$", (Path(__file__).parents[2] / "cons
 
 # Parts of others: no model can be made of their configuration alone.
 WITHIN = {
-    "blt_local_decoder": "blt", "blt_patcher": "blt", "emu3_text_model": "emu3", "git_vision_model": "git", "got_ocr2_vision": "got_ocr2",
+    "blt_local_decoder": "blt", "blt_patcher": "blt", "deepseek_ocr2_text": "deepseek_ocr2", "diffusion_gemma_text": "diffusion_gemma",
+    "emu3_text_model": "emu3", "ernie4_5_vl_moe_text": "ernie4_5_vl_moe", "git_vision_model": "git", "got_ocr2_vision": "got_ocr2",
     "llama4_vision_model": "llama4", "mllama_text_model": "mllama", "mllama_vision_model": "mllama",
     "phi4_multimodal_audio": "phi4_multimodal", "phi4_multimodal_vision": "phi4_multimodal", "qwen2_vl_vision": "qwen2_vl",
-    "qwen2_5_vl_vision": "qwen2_5_vl",
+    "qwen2_5_vl_vision": "qwen2_5_vl", "qwen3_omni_moe_text": "qwen3_omni_moe_thinker", "step3p5": "step3p7",
+    "unlimited_ocr_text": "unlimited_ocr",
+}  # fmt: skip
+
+# In no mapping below, or trained as another class than that says.
+CLASSES = {
+    "nllb-moe": "NllbMoeForConditionalGeneration", "qwen3_omni_moe_talker_text": "Qwen3OmniMoeTalkerModel",
+    "switch_transformers": "SwitchTransformersForConditionalGeneration", "vitpose_backbone": "VitPoseBackbone",
 }  # fmt: skip
 
 
@@ -148,13 +200,20 @@ def build(model_type: str, *, seed: int = 0, layers: int = 2) -> PreTrainedModel
         return found[0]
     config = config_of(model_type, layers=layers)
     torch.manual_seed(seed)
+    if model_type in CLASSES:
+        alone: PreTrainedModel = getattr(transformers, CLASSES[model_type])(config)
+        for weight in alone.parameters():
+            if weight.dim() == 3:  # transformers leaves the talker's experts as the memory was
+                torch.nn.init.normal_(weight, std=0.02)
+        return alone.train()
     causal = ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     names = (
         *([causal] if model_type == "emu3" else []),  # its other model wants a tower of sizes of its own
         ("AutoModelForImageTextToText", modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
         causal,
         ("AutoModel", modeling_auto.MODEL_MAPPING_NAMES),
+        ("AutoModelForMultimodalLM", modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES),
     )
-    auto = next(name for name, mapping in names if model_type in mapping or name == "AutoModel")
+    auto = next(name for name, mapping in names if model_type in mapping)
     model: PreTrainedModel = getattr(transformers, auto).from_config(config)
     return model.train()
