@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ._check import wide
+from ._elementary import exp, over
 from ._launch import Plan, as_rows, cdiv, jit, next_power_of_2, tl, warps
 
 BLOCK, PER_WARP = 2048, 256  # 8 elements a thread: one 16-byte access for each half-precision tensor
@@ -105,8 +106,8 @@ _GELU_TANH, _GELU, _RELU, _RELU_SQUARED = (tl.constexpr(_CODES[name]) for name i
 
 
 @jit
-def _activation(a, ACT: tl.constexpr):
-    """act(a) and act′(a)."""
+def _activation(a, ACT: tl.constexpr, EXACT: tl.constexpr = False):
+    """act(a) and act′(a). EXACT: where they are rounded to fp32, of which the hardware's exp and division miss bits."""
     if ACT == _RELU:
         value = tl.where(a <= 0.0, 0.0, a)  # so that NaN stays
         slope = tl.where(a <= 0.0, 0.0, 1.0)
@@ -117,16 +118,16 @@ def _activation(a, ACT: tl.constexpr):
     elif ACT == _GELU:
         c = 0.5 * (1.0 + tl.erf(a * 0.7071067811865476))
         value = a * c
-        slope = c + a * tl.exp(-0.5 * a * a) * 0.3989422804014327
+        slope = c + a * exp(-0.5 * a * a, EXACT) * 0.3989422804014327
     else:
         p, dp = a, 1.0
         if ACT == _GELU_TANH:
             q = tl.minimum(a * a, 1e4)  # beyond that σ is 0 or 1, and a⁴ may be too large
             p = a * (1.5957691216057308 + 0.07135481282553426 * q)
             dp = 1.5957691216057308 + 0.21406443847660277 * q
-        t = tl.exp(-tl.abs(p))
-        r = 1.0 / (1.0 + t)
-        value = tl.where(p < 0.0, a * t, a) / (1.0 + t)
+        t = exp(-tl.abs(p), EXACT)
+        r = over(1.0, 1.0 + t, EXACT)
+        value = over(tl.where(p < 0.0, a * t, a), 1.0 + t, EXACT)
         s = tl.where(p < 0.0, t * r, r)
         # σ(−p): 1 − s cancels for large p; elsewhere it makes up for the error of s
         slope = s + a * (s * tl.where((p > 0.0) & (t < 0.1), t * r, 1.0 - s)) * dp

@@ -17,6 +17,7 @@ Operands called `…_any` are pointers, or descriptors of blocks that the hardwa
 
 from __future__ import annotations
 
+from ._elementary import over
 from ._glu_rows import _CODES, _activation
 from ._head_kernels import _place
 from ._launch import INTERPRETED, jit, tl
@@ -138,17 +139,18 @@ def _split(pair, BM: tl.constexpr, BN: tl.constexpr):
 @jit
 def _gated(gate, up, limit, alpha, ACT: tl.constexpr, PACKED: tl.constexpr):
     """h, ∂h/∂a and ∂h/∂u, in fp32; `limit` is None where there is none."""
+    EXACT: tl.constexpr = gate.dtype == tl.float32
     gate, up = gate.to(tl.float32), up.to(tl.float32)
     a, u = gate, up
     if limit is not None:
         a = tl.where(gate > limit, limit, gate)  # so that NaN stays
         u = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
     if ACT == _CLAMPED:
-        value, slope = _activation(alpha * a, _SILU)
-        value /= alpha
+        value, slope = _activation(alpha * a, _SILU, EXACT)
+        value = over(value, alpha, EXACT)
         u += 1.0
     else:
-        value, slope = _activation(a, ACT)
+        value, slope = _activation(a, ACT, EXACT)
     h, to_a, to_u = value, slope, slope
     if PACKED != _ALONE:
         h, to_a, to_u = value * u, slope * u, value
