@@ -68,9 +68,9 @@ SECONDS = 240  # after which ranks that have not come back are given up
 def together(work: Callable[[int, int, str, str], None], size: int, where: Path, kind: str) -> list[dict[tuple[str, str], Any]]:
     """What each rank found, in files called by their numbers. Ranks are forked from a process that has imported all there is to import.
 
-    Each by itself would spend most of its time on that. Whoever has touched a GPU must not fork: there, they do.
+    Each by itself would spend most of its time on that. Whoever has asked for a GPU must not fork: where there is one, they do.
     """
-    start = "spawn" if kind == "cuda" else "forkserver"
+    start = "spawn" if torch.cuda.is_available() else "forkserver"
     if start == "forkserver":
         multiprocessing.get_context(start).set_forkserver_preload(
             [

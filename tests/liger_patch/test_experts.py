@@ -20,7 +20,7 @@ from liger_patch import Arch, Experts, PatchError, _registry
 from liger_patch._experts import ExpertsForward
 from tests.liger_patch import tiny
 from tests.liger_patch.test_archs import inputs, logits_of, loss_of, same_gradients
-from tests.liger_patch.tiny import build
+from tests.liger_patch.tiny import PINNED, build
 
 BARE = dict.fromkeys(("rms_norm", "layer_norm", "swiglu", "relu_squared", "rope", "linear_cross_entropy", "cross_entropy"), False)
 
@@ -42,6 +42,8 @@ def layers(model: nn.Module) -> list[Any]:
 )
 def test_the_routers_loss_is_unchanged(model_type: str) -> None:
     """It comes from logits that stay as they were, and its gradient reaches the router beside that of the experts' weights."""
+    if model_type == "granitemoe" and transformers.__version__ != PINNED:
+        pytest.skip(f"the granitemoe of transformers {transformers.__version__} has no such loss")
     stock = build(model_type)
     stock.config.output_router_logits = stock.config.get_text_config().output_router_logits = True
     model = copy.deepcopy(stock)
@@ -70,6 +72,8 @@ def test_a_layer_that_scales_its_inputs_chooses_several(monkeypatch: pytest.Monk
 
 def test_a_choice_beyond_the_experts_adds_nothing() -> None:
     """Expert parallelism marks those so that live elsewhere."""
+    if transformers.__version__ != PINNED:
+        pytest.skip(f"the experts of transformers {transformers.__version__} know no such choice")
     model = build("mixtral")
     model.set_experts_implementation("eager")  # products in groups leave such rows as they find them
     experts = next(module for module in model.modules() if type(module).__name__ == "MixtralExperts")
@@ -181,12 +185,12 @@ def test_tokens_of_images_have_experts_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "nemotron_h"])
-def test_the_kernels_train_a_mixture(model_type: str) -> None:
+def test_the_kernels_train_a_mixture(model_type: str, device: torch.device) -> None:
     """By the interpreter on a CPU, loss and gradients are those of plain PyTorch."""
-    stock = build(model_type)
+    stock = build(model_type).to(device)
     model = copy.deepcopy(stock)
     liger_patch.auto(model, verify=False, **BARE)
-    given = inputs(model)
+    given = {name: t.to(device) for name, t in inputs(model).items()}
     with liger_fn.use_backend("interpreter" if not torch.cuda.is_available() else "triton"):
         loss = loss_of(model, **given)
         grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)

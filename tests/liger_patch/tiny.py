@@ -95,13 +95,12 @@ SPECIAL |= {
         "model_type": "gemma4_vision", "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8,
         "num_attention_heads": 4, "num_key_value_heads": 4,
     }},
-    # Its scores are divided by nothing: two such layers magnify rounding until the original is no longer like itself.
-    "diffusion_gemma_text": FEW | {"num_hidden_layers": 1, "layer_types": ["full_attention"]},
+    # Scores of these and of gemma4_text are divided by nothing: with the default width of global heads, 512, they magnify rounding.
+    "diffusion_gemma_text": FEW | {"head_dim": 8, "global_head_dim": 8},
     "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32, "downsample_hidden_size": 16},
     "dots3_note_vision_encoder": ONE_OF_TWO | {"adapter_in_dim": 32, "adapter_out_dim": 32},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [16, 8], "rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}},
     "flint": {"mlp_only_layers": [0]},
-    # Scores are divided by nothing: with the default width of global heads, 512, they magnify rounding.
     "gemma4_text": FEW | {"enable_moe_block": True, "head_dim": 8, "global_head_dim": 8},
     "glm5_next_text": ONE_OF_TWO | {"qk_rope_head_dim": 0},
     "inkling2_vision": {"text_hidden_size": 32},
