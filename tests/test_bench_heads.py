@@ -17,7 +17,7 @@ from tests.bench import bars, heads, measure, peers, report, results
 from tests.bench.heads import ALONE, FROZEN, HALF, OP, WHOLE
 from tests.bench.peers import CCE, COMPILE, EAGER, EXACT, EXACT_64, FP32, LIGER, LIGER_FP32, OURS, RECOMPUTE, WEIGHT, WEIGHT_64
 from tests.bench.results import GREEN, Result, Row
-from tests.bench.run import Red, Run
+from tests.bench.run import Red, Run, compared
 from tests.bench.table import HEAD_BOTH, HEAD_ERRORS, HEAD_FORWARD, HEAD_FROZEN, HEAD_HALF, HEAD_SWEEP
 from tests.cases import Maker
 
@@ -219,7 +219,7 @@ def test_beside_a_peer_stands_how_ours_compares() -> None:
     """Over its own floor each: the floor of a hot GPU is slower."""
     row = Row(OP, "s", HEAD_BOTH, OURS, 30.0, floor_us=20.0, mib=200.0)
     rows = [row, replace(row, provider=EXACT), replace(row, provider=LIGER_FP32, us=60.0, floor_us=30.0, mib=400.0)]
-    ours, exact, theirs = heads._compared([*rows])
+    ours, exact, theirs = compared([*rows])
     assert (ours, exact) == tuple(rows[:2])
     assert (theirs.ours_over_this, theirs.ours_mib_over_this) == (0.75, 0.5)
 
@@ -295,7 +295,7 @@ def test_truth_is_fp64_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_an_error_is_relative() -> None:
     true = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    assert heads._error(torch.tensor([3.0, 4.1]), true) == 0.02
+    assert heads.error(torch.tensor([3.0, 4.1]), true) == 0.02
 
 
 # --- files, bars and page ---------------------------------------------------------------------------------------------------------------

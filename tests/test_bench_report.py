@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import bars, heads, peers, report, results, table
+from tests.bench import bars, experts, heads, peers, report, results, table
 from tests.bench.peers import COMPILE, DONATE, EAGER, LIGER, NATIVE, OURS
 from tests.bench.results import GREEN, Result, Row
-from tests.bench.table import BOTH, HEAD_MODES, HOST, MODES, SWEEP, Bench
+from tests.bench.table import BOTH, EXPERT_MODES, HEAD_MODES, HOST, MODES, SWEEP, Bench
 from tests.bench.training import report as training
 
 
@@ -87,19 +87,23 @@ def test_the_page_shows_every_bar_met_or_not() -> None:
     ]
     text = report.page({"stem": Result(MACHINE, {}, {"swiglu": GREEN, "geglu": GREEN}, rows)})
     section = text.split("### The bars\n")[1].split("\n### ")[0]
-    assert f"3 of 5 are met. {len(bars.every()) - 5} were not measured." in section
+    assert f"3 of 5 are met. {len(bars.verdicts(rows)) - 5} were not measured." in section
     assert f"| `swiglu` | {shape} | {BOTH} | liger_fn | ≤ 1.03 ÷ floor | 1.04 | **no** |" in section
     assert f"| `geglu` | {shape} | {BOTH} | liger_fn | ≤ 1.03 ÷ floor | 1.03 | yes |" in section
     assert f"| `swiglu` | {shape} | {BOTH} | liger_fn donate | ≤ 225 MiB | 225.3 | **no** |" in section  # 225 would hide it
     assert "| host | liger-kernel | ≤ 0.60 liger_fn ÷ this, host | 0.50 | yes |" in section
     assert f"| `geglu` | {shape} | {BOTH} | liger_fn donate | ≤ 225 MiB | not measured | – |" in section
     printed = bars.lines(rows)
-    assert len(printed) == len(bars.every()) + 1
+    assert len(printed) == len(bars.verdicts(rows)) + 1
     assert len({line.index(column) for line, column in ((printed[0], "bar"), *((p, "≤") for p in printed[1:]))}) == 1
 
 
 def test_every_bar_is_of_something_measured() -> None:
     for bar in bars.every():
+        if bar.mode in EXPERT_MODES:
+            assert hasattr(Row(*bar[:4], None), bar.what)
+            assert (*bar[:3], LIGER if bar.provider == bars.BEST else bar.provider) in experts.measured()
+            continue
         bench = bench_of(bar.op)
         if bar.mode == HOST:
             assert bar.shape == bench.shape(bench.tiny)

@@ -1,6 +1,6 @@
 """The bars that the figures are held to, as data: what a run shows beside its figures, met or not. No test fails over device time.
 
-A bar is of one function, shape and pass; it bounds a quantity of the row of one provider.
+A bar is of one function, shape and pass; it bounds a quantity of the row of one provider, or of that peer whose row has most of it.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from . import table
-from .peers import DONATE, EXACT, FP32, LIGER, LIGER_FP32, NATIVE, OURS, WEIGHT, WEIGHT_64
+from .peers import DONATE, EXACT, FP32, LIGER, LIGER_FP32, MINE, NATIVE, OURS, WEIGHT, WEIGHT_64
 from .results import Row
-from .table import BOTH, FORWARD, HEAD_BOTH, HEAD_FORWARD, HEAD_FROZEN, HEAD_HALF, HOST
+from .table import BOTH, EXPERTS_BOTH, EXPERTS_SKEWED, FORWARD, HEAD_BOTH, HEAD_FORWARD, HEAD_FROZEN, HEAD_HALF, HOST
 
 OF_LIGER, OF_NATIVE = 0.6, 2.2  # of what the host pays liger-kernel for a call and its backward, and PyTorch's own function
+BEST = "the best peer"  # as provider: of what ours has over a peer's, the largest
 STATISTICS = 1.0  # MiB that numbers kept for each row may take, beside the arrays that a bar of memory counts
 
 
@@ -40,7 +41,8 @@ class Verdict(NamedTuple):
 
 
 UNITS = {
-    "over_floor": "÷ floor", "us": "µs", "mib": "MiB", "ours_over_this": "liger_fn ÷ this", "ours_mib_over_this": "liger_fn ÷ this, MiB"
+    "over_floor": "÷ floor", "us": "µs", "mib": "MiB", "ours_over_this": "liger_fn ÷ this", "ours_mib_over_this": "liger_fn ÷ this, MiB",
+    "over_balanced": "÷ balanced",
 }  # fmt: skip
 _NORMS = ("8192x4096", "16384x2048", "4096x8192", "2048x16384")
 _GLUS = ("swiglu", "geglu")
@@ -79,6 +81,16 @@ def _skipping(shape: str) -> tuple[Bar, ...]:
     return *time, *memory, Bar(op, shape, HEAD_BOTH, WEIGHT_64, "over_floor", UPSTREAM)
 
 
+EXPERTS = "moe_experts"
+_QWEN3, _MIXTRAL = "T32768 E128 k8 H2048 I768", "T4096 E8 k2 H4096 I14336"
+_EXPERTS = (
+    Bar(EXPERTS, _QWEN3, EXPERTS_BOTH, BEST, "ours_over_this", 0.9),
+    Bar(EXPERTS, _QWEN3, EXPERTS_BOTH, BEST, "ours_mib_over_this", 1.0),
+    Bar(EXPERTS, _QWEN3, EXPERTS_BOTH, OURS, "over_floor", 1 / 0.7),  # 70 % of the dense products' rate
+    Bar(EXPERTS, _MIXTRAL, EXPERTS_BOTH, OURS, "over_floor", 1.15),
+    *(Bar(EXPERTS, shape, EXPERTS_SKEWED, OURS, "over_balanced", 1.3) for shape in (_QWEN3, _MIXTRAL)),
+)
+
 DEVICE = (
     *(Bar("rms_norm", shape, FORWARD, OURS, "over_floor", 1.08) for shape in _NORMS),
     *(Bar("rms_norm", shape, BOTH, OURS, "over_floor", 1.14) for shape in _NORMS),
@@ -96,6 +108,7 @@ DEVICE = (
     Bar("cross_entropy", "8192x32000", BOTH, OURS, "us", 550.0),
     *(bar for shape in _HEADS for bar in _head(shape)),
     *_skipping(next(iter(_HEADS))),
+    *_EXPERTS,
 )
 
 
@@ -109,14 +122,21 @@ def host(op: str) -> list[Bar]:
 def every() -> list[Bar]:
     """All bars, of the functions in their order."""
     of_host = [bar for bench in table.present() for bar in host(bench.op)]
-    order = [b.op for b in table.ALL]
+    order = [*(b.op for b in table.ALL), EXPERTS]
     return sorted((*DEVICE, *of_host), key=lambda bar: order.index(bar.op))
 
 
 def verdicts(rows: Iterable[Row]) -> list[Verdict]:
-    """Every bar with its figure; one that the run did not measure stays, without."""
-    by_key = {r.key: r for r in rows}
-    return [Verdict(bar, getattr(by_key.get(bar[:4]), bar.what, None)) for bar in every()]
+    """Every bar with its figure; one that the run did not measure stays, without. Those of experts stay where any row is of experts."""
+    rows = list({r.key: r for r in rows}.values())
+    shown = [bar for bar in every() if bar.op != EXPERTS or any(r.op == EXPERTS for r in rows)]
+    return [Verdict(bar, _figure(bar, rows)) for bar in shown]
+
+
+def _figure(bar: Bar, rows: Sequence[Row]) -> float | None:
+    """Of ours over a peer's figure, the largest is that over the best peer's."""
+    found = [r for r in rows if r.key[:3] == bar[:3] and (r.provider not in MINE if bar.provider == BEST else r.provider == bar.provider)]
+    return max((v for r in found if (v := getattr(r, bar.what)) is not None), default=None)
 
 
 def cells(verdict: Verdict) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ def _line(r: Row) -> str:
     ratio = _number(r.over_floor, 2) if r.mode != "host" else "–" if r.ours_over_this is None else f"ours × {r.ours_over_this:.2f}"
     figures = f"{_number(r.us, 1):>11}{moved:>10}{rate:>16}{ratio:>13}{_number(r.mib):>10}"
     said = "; ".join(filter(None, (r.note, "timed by events" if r.by_events else "")))
-    return f"{r.op:22}{r.shape:21}{r.mode:29}{r.provider:17}{figures}  {said}".rstrip()
+    return f"{r.op:22}{r.shape:28}{r.mode:29}{r.provider:24}{figures}  {said}".rstrip()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -70,7 +70,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     write(", ".join(f"{k} {v}" for k, v in (result.machine | {k: f"{v:,.0f}" for k, v in result.limits.items()}).items()))
     if on_cpu:
         write("No GPU: wall clock of tiny tensors, which proves the harness and says nothing of speed.")
-    write(f"{'op':22}{'shape':21}{'pass':29}{'provider':17}{'µs':>11}{'MB moved':>10}{'rate':>16}{'÷ floor':>13}{'peak MiB':>10}")
+    write(f"{'op':22}{'shape':28}{'pass':29}{'provider':24}{'µs':>11}{'MB moved':>10}{'rate':>16}{'÷ floor':>13}{'peak MiB':>10}")
     for row in result.allowed():
         write(_line(row))
     if not on_cpu:

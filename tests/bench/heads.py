@@ -21,7 +21,7 @@ from . import measure, peers, table
 from .measure import MIB
 from .peers import CCE, COMPILE, EAGER, EXACT, EXACT_64, FP32, LIGER, LIGER_FP32, MINE, NATIVE, OURS, RECOMPUTE, WEIGHT, WEIGHT_64
 from .results import GREEN, Row
-from .run import Red, Run, _failure
+from .run import Figures, Red, Run, _failure, compared
 from .table import HEAD_BOTH, HEAD_ERRORS, HEAD_FORWARD, HEAD_FROZEN, HEAD_HALF, HEAD_SWEEP, Sizes
 
 OP = "linear_cross_entropy"
@@ -186,22 +186,15 @@ def _row(
     turns: int,
 ) -> Row:  # fmt: skip
     n, h, v = sizes
-    row, call = Row(OP, label(sizes), question.mode, name, None, flops=2 * n * h * v * question.products), None
-    try:
+
+    def figures() -> Figures:
         call = _with_gradients(fn, args) if any(question.gradients) else measure.forward(fn, args)
         peak = measure.peak_mib(call, run.device)
         floor_us, us = in_turns((floor, call), run.device, turns)
         gradients = sum(t.numel() * t.element_size() for t in args if t.requires_grad) / MIB
-        return replace(row, us=us, floor_us=floor_us * times, mib=None if peak is None else peak - gradients)
-    except torch.OutOfMemoryError:
-        return replace(row, note="out of memory")
-    except Exception as failed:
-        if name in MINE:
-            raise
-        return replace(row, note=_failure(failed))  # a peer's fault ends its own row
-    finally:
-        del call
-        run._free()
+        return {"us": us, "floor_us": floor_us * times, "mib": None if peak is None else peak - gradients}
+
+    return run.attempt(Row(OP, label(sizes), question.mode, name, None, flops=2 * n * h * v * question.products), figures)
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------------------------
@@ -209,19 +202,7 @@ def _row(
 
 def speed(run: Run, sizes: Sizes) -> list[Row]:
     """Every provider at one shape; beside a peer's figures, how ours by itself compares."""
-    return _add(run, _compared(_rows(run, sizes, WHOLE, asked(sizes))))
-
-
-def _compared(rows: list[Row]) -> list[Row]:
-    ours = next(r for r in rows if r.provider == OURS)
-
-    def compared(r: Row) -> Row:
-        if r.provider in MINE:
-            return r
-        time = ours.over_floor / r.over_floor if ours.over_floor and r.over_floor else None
-        return replace(r, ours_over_this=time, ours_mib_over_this=ours.mib / r.mib if ours.mib and r.mib else None)
-
-    return [compared(r) for r in rows]
+    return _add(run, compared(_rows(run, sizes, WHOLE, asked(sizes))))
 
 
 def options(run: Run) -> list[Row]:
@@ -278,7 +259,7 @@ def errors(run: Run) -> list[Row]:
             found = {"loss": loss, "dx": dx[: len(true["dx"])], "dweight": dweight[: len(true["dweight"])]}
             with torch.no_grad():
                 found["lse"], found["log_prob"] = of_rows[name](x.detach(), weight.detach(), target)
-            added.append(replace(row, errors={k: _error(t, true[k]) for k, t in found.items() if t is not None}))
+            added.append(replace(row, errors={k: error(t, true[k]) for k, t in found.items() if t is not None}))
             del loss, dx, dweight, found
         except Exception as failed:
             if name in MINE:
@@ -288,6 +269,6 @@ def errors(run: Run) -> list[Row]:
     return _add(run, added)
 
 
-def _error(found: Tensor, true: Tensor) -> float:
+def error(found: Tensor, true: Tensor) -> float:
     """‖found − true‖ ÷ ‖true‖, to three digits."""
     return float(f"{float((found.detach().double() - true).norm() / true.norm()):.2e}")

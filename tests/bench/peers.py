@@ -5,6 +5,7 @@ Each provider takes the arguments of `tests.bench.table` in their order and its 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -26,8 +27,9 @@ WEIGHT, FP32, EXACT, RECOMPUTE, WEIGHT_64, EXACT_64, LIGER_FP32, CCE = (
     "liger_fn weight", "liger_fn fp32", "liger_fn exact", "liger_fn recompute", "liger_fn weight 64 MiB", "liger_fn exact 64 MiB",
     "liger-kernel fp32", "cut-cross-entropy",
 )  # fmt: skip
+GROUPED, HAND = "transformers grouped_mm", "torch._grouped_mm"  # of the experts alone
 MINE = (OURS, DONATE, WEIGHT, FP32, EXACT, RECOMPUTE, WEIGHT_64, EXACT_64)
-PROVIDERS = (*MINE, EAGER, COMPILE, NATIVE, LIGER, LIGER_FP32, CCE)
+PROVIDERS = (*MINE, EAGER, COMPILE, NATIVE, GROUPED, HAND, LIGER, LIGER_FP32, CCE)
 EPS, LAYER_EPS = 1e-6, 1e-5  # what the functions take by themselves
 DONATING = ("swiglu", "geglu", "cross_entropy")  # measured with donate=True too
 
@@ -40,6 +42,9 @@ NOTES = {
     (LIGER, "cross_entropy"): "with a copy of the logits, which its in-place write makes necessary",
     (LIGER, "swiglu"): "its backward writes over its inputs",
     (LIGER, "geglu"): "its backward writes over its inputs",
+    (EAGER, "moe_experts"): "transformers' loop over the experts",
+    (HAND, "moe_experts"): "with sorting, gathering and scattering by PyTorch",
+    (LIGER, "moe_experts"): "it tunes itself at its first call, which may take minutes and is in no figure",
 }
 OVERWRITES = {(provider, op) for (provider, op), note in NOTES.items() if "writes over" in note}  # these need new inputs for each call
 
@@ -254,3 +259,59 @@ def head_rows(device: torch.device) -> Providers:
     if CCE in every:
         found[CCE] = of_losses(partial(every[CCE], reduction="none"))
     return found
+
+
+# --- experts ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _grouped(x: Tensor, gate_up: Tensor, down: Tensor, topk_index: Tensor, topk_weight: Tensor) -> Tensor:
+    """Rows sorted by expert, two grouped products, and back."""
+    (tokens, k), experts = topk_index.shape, len(gate_up)
+    chosen = topk_index.reshape(-1)
+    order = chosen.argsort()
+    counted = chosen.int() if chosen.is_cuda else chosen.float()  # each device counts another kind
+    offsets = torch.histc(counted, experts, 0, experts - 1).cumsum(0, dtype=torch.int32)
+    gate, up = torch._grouped_mm(x.index_select(0, order // k), gate_up.transpose(1, 2), offs=offsets).chunk(2, -1)
+    rows = torch._grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=offsets)
+    rows = rows * topk_weight.reshape(-1, 1).index_select(0, order).to(rows.dtype)
+    return rows.index_select(0, order.argsort()).view(tokens, k, -1).sum(1)
+
+
+@cache
+def _module_of_experts(how: str, experts: int, hidden: int, inner: int) -> Any:
+    """transformers' module, without weights."""
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    config = Qwen3MoeConfig(num_experts=experts, hidden_size=hidden, moe_intermediate_size=inner, hidden_act="silu")
+    config._experts_implementation = how
+    with torch.device("meta"):
+        return Qwen3MoeExperts(config)
+
+
+def _transformers_experts(how: str) -> Fn:
+    def experts(x: Tensor, gate_up: Tensor, down: Tensor, topk_index: Tensor, topk_weight: Tensor) -> Any:
+        module = _module_of_experts(how, len(down), *down.shape[1:])
+        weights = {"gate_up_proj": gate_up, "down_proj": down}
+        return torch.func.functional_call(module, weights, (x, topk_index, topk_weight))
+
+    return experts
+
+
+def _liger_experts(x: Tensor, gate_up: Tensor, down: Tensor, topk_index: Tensor, topk_weight: Tensor) -> Any:
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction as Function
+
+    return Function.apply(x, gate_up, down, topk_index, topk_weight)
+
+
+def experts(device: torch.device) -> Providers:
+    """Every implementation of a mixture's experts there is on `device`, by the arguments of `liger_fn.moe_experts`."""
+    ours, installed = liger_fn.moe_experts, importlib.util.find_spec
+    found: Providers = {OURS: ours, RECOMPUTE: partial(ours, save="recompute")}
+    if installed("transformers"):
+        found |= {EAGER: _transformers_experts("eager"), GROUPED: _transformers_experts("grouped_mm")}
+    if hasattr(torch, "_grouped_mm"):
+        found[HAND] = _grouped
+    if installed("liger_kernel") and device.type == "cuda":
+        found[LIGER] = _liger_experts
+    return {k: found[k] for k in PROVIDERS if k in found}

@@ -12,10 +12,11 @@ from functools import reduce
 from pathlib import Path
 
 from . import bars, results
+from .experts import MIXTURES
 from .measure import SMALL
 from .peers import MINE, OURS, PROVIDERS
 from .results import GREEN, Result, Row
-from .table import HEAD_BOTH, HEAD_ERRORS, HEAD_MODES, HEAD_SWEEP, HOST, MODES, SWEEP, SWEEPS
+from .table import EXPERT_MODES, EXPERTS_BOTH, HEAD_BOTH, HEAD_ERRORS, HEAD_MODES, HEAD_SWEEP, HOST, MODES, SWEEP, SWEEPS
 from .training import report as training
 
 DOCS = results.ROOT / "docs"
@@ -113,16 +114,24 @@ def _function(op: str, rows: Sequence[Row]) -> str:
     for group in _groups(rows):
         fastest = min((r.us for r in group if r.us is not None), default=None)
         for r in group:
-            mark = ""
-            for note in filter(None, (r.note, BY_EVENTS if r.by_events else "")):
-                notes += [] if note in notes else [note]
-                mark += f" ({notes.index(note) + 1})"
             us = f"**{_us(r.us)}**" if r.us is not None and r.us == fastest else _us(r.us)
             moved = _number(r.bytes / 1e6 if r.bytes else None)
-            cells.append((r.shape, r.mode, r.provider + mark, us, moved, _rate(r), _number(r.over_floor, 2), _number(r.mib)))
+            cells.append((r.shape, r.mode, _marked(r, notes), us, moved, _rate(r), _number(r.over_floor, 2), _number(r.mib)))
     head = ("shape", "pass", "provider", "µs", "moved, MB", "rate", "÷ floor", "peak, MiB")
-    said = "".join(f"\n({i + 1}) {note}\n" for i, note in enumerate(notes))
-    return f"### `{op}`\n\n{_table(head, cells)}{said}"
+    return f"### `{op}`\n\n{_table(head, cells)}{_said(notes)}"
+
+
+def _marked(r: Row, notes: list[str]) -> str:
+    """The provider, with the numbers that what is to say of its row has among all notes."""
+    mark = ""
+    for note in filter(None, (r.note, BY_EVENTS if r.by_events else "")):
+        notes += [] if note in notes else [note]
+        mark += f" ({notes.index(note) + 1})"
+    return r.provider + mark
+
+
+def _said(notes: Sequence[str]) -> str:
+    return "".join(f"\n({i + 1}) {note}\n" for i, note in enumerate(notes))
 
 
 def _bars(rows: Sequence[Row]) -> str:
@@ -190,6 +199,27 @@ ERRORS = (
 )
 
 
+def _experts(rows: Sequence[Row]) -> str:
+    text = """### The experts of a mixture
+
+The shape is T tokens, E experts, k choices of each token, H hidden and I inner sizes; the pass is the forward and all gradients. *skewed*:
+every other token chooses the same expert, and no other token does; *÷ balanced* is over the same provider's time without that. The floor
+is six dense products of T k rows by cuBLAS, timed just before each provider; where the rate is in GB/s, it is to read all weights twice and
+to write their gradients once, at the rate of a copy. *÷ this* compares times over their floors. *recompute* is the function's `save`.
+Each provider is compared with fp64 before it is timed, at the same hidden sizes and with as many tokens for each expert.
+"""
+    notes: list[str] = []
+    cells = []
+    for r in (r for group in _groups(rows) for r in group):
+        shape = r.shape if r.mode == EXPERTS_BOTH else f"{r.shape}, {r.mode.removeprefix('experts: ')}"
+        ms, balanced = _number(r.us / 1e3 if r.us else None, 2), _number(r.over_balanced, 2)
+        compared = _times(r.ours_over_this), _times(r.ours_mib_over_this)
+        cells.append((shape, _marked(r, notes), ms, _rate(r), _number(r.over_floor, 2), balanced, _number(r.mib), *compared))
+    head = ("shape", "provider", "ms", "rate", "÷ floor", "÷ balanced", "peak, MiB", "liger_fn ÷ this", "in peak")
+    models = "".join(f"- {m.label}: {m.model}\n" for m in MIXTURES if any(r.shape == m.label for r in rows))
+    return "\n".join(filter(None, (text, models, _table(head, cells)))) + _said(notes)
+
+
 def _noted(r: Row) -> str:
     return r.provider + (f" ({r.note})" if r.note else "")
 
@@ -239,7 +269,7 @@ def _section(stem: str, runs: dict[str, Result]) -> str:
     result = reduce(Result.with_later, runs.values())
     m, rows = result.machine, result.allowed()
     timed, host, by_size = [r for r in rows if r.mode in MODES], [r for r in rows if r.mode == HOST], [r for r in rows if r.mode == SWEEP]
-    heads = [r for r in rows if r.mode in HEAD_MODES]
+    heads, of_experts = ([r for r in rows if r.mode in modes] for modes in (HEAD_MODES, EXPERT_MODES))
     parts = [f"## {m['device']}, torch {m['torch']}, {m['date']}\n\n" + "\n".join(_run(*run) for run in runs.items())]
     if len(runs) > 1:
         parts[0] += "\nWhat was measured in several runs is shown as the last found it.\n"
@@ -256,13 +286,15 @@ def _section(stem: str, runs: dict[str, Result]) -> str:
         parts.append("### No figures: these functions are wrong here\n\n" + "".join(red))
     if m["device"] != "cpu":
         parts.append(_bars(rows))
-    parts.append(_where_beaten([*timed, *heads], "us", "µs", "Where a peer is faster"))
-    parts.append(_where_beaten([*timed, *heads], "mib", "MiB", "Where a peer needs less memory"))
+    parts.append(_where_beaten([*timed, *heads, *of_experts], "us", "µs", "Where a peer is faster"))
+    parts.append(_where_beaten([*timed, *heads, *of_experts], "mib", "MiB", "Where a peer needs less memory"))
     parts.append("\n".join(f"![{FIGURES[which]}](figures/bench-{stem}-{which}.png)\n" for which in drawn(result)))
     parts += [_function(op, [r for r in timed if r.op == op]) for op in dict.fromkeys(r.op for r in timed)]
     of_heads = [r for r in rows if r.mode in (*HEAD_MODES, HEAD_SWEEP, HEAD_ERRORS)]
     if of_heads:
         parts.append(_heads(of_heads))
+    if of_experts:
+        parts.append(_experts(of_experts))
     if by_size:
         parts.append(_by_size(by_size))
     if host:

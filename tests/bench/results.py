@@ -34,12 +34,13 @@ class Row:
     flops: int = 0
     floor_us: float | None = None
     mib: float | None = None  # at the peak, over the inputs; of a head, and over the gradients
-    ours_over_this: float | None = None  # host: the median ratio of paired turns; a head: of the times over their floors
-    ours_mib_over_this: float | None = None  # a head
+    ours_over_this: float | None = None  # host: the median ratio of paired turns; a head, experts: of the times over their floors
+    ours_mib_over_this: float | None = None  # a head, experts
     by_events: bool = False  # timed between events around plain calls: it makes the host wait, so that no graph could be replayed
     size: int = 0  # in a sweep: the number along which it goes
     note: str = ""
     errors: dict[str, float] | None = None  # a head's, by what is compared: relative, against fp64
+    over_balanced: float | None = None  # of experts whose routing is skewed: over the same provider's time where it is balanced
 
     @property
     def gbs(self) -> float | None:

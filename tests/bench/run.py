@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
@@ -15,9 +16,11 @@ from tests.numerics import assert_near
 from tests.sample import Sample
 
 from . import measure, peers, table
-from .peers import DONATE, OURS
+from .peers import DONATE, MINE, OURS
 from .results import GREEN, Result, Row, machine
 from .table import BOTH, FORWARD, HOST, MODES, SWEEP, Bench, Sizes, Sweep
+
+Figures = dict[str, Any]  # of a row, by name
 
 
 class Red(AssertionError):
@@ -105,24 +108,30 @@ class Run:
         floor = moved / self.limits["copy_gbs"] / 1e3 + flops / self.limits["matmul_tflops"] / 1e6
         note = peers.NOTES.get((provider, bench.op), "")
         row = Row(bench.op, bench.shape(sizes), mode, provider, None, moved, flops, floor, note=note)
-        make, args, renew, call = (measure.forward if mode == FORWARD else measure.forward_backward), (), None, None
-        ours = provider in (OURS, DONATE)
-        try:
-            args = self._arguments(bench, sizes)
+        make = measure.forward if mode == FORWARD else measure.forward_backward
+
+        def figures() -> Figures:
+            args, renew = self._arguments(bench, sizes), None
             if mode == BOTH and (provider, bench.op) in peers.OVERWRITES:
                 args, renew = measure.renewable(args)
             call = make(partial(fn, **bench.options(*sizes)), args)
             mib = measure.peak_mib(call, self.device)
-            timed = measure.device_us(call, self.device, renew=renew, must_capture=ours, replays=replays)
-            return replace(row, mib=mib, us=timed.us, by_events=timed.by_events)
+            timed = measure.device_us(call, self.device, renew=renew, must_capture=provider in MINE, replays=replays)
+            return {"mib": mib, "us": timed.us, "by_events": timed.by_events}
+
+        return self.attempt(row, figures)
+
+    def attempt(self, row: Row, figures: Callable[[], Figures]) -> Row:
+        """`row` with its figures; or with what was in the way: too little memory, or a peer's fault, which ends its own row only."""
+        try:
+            return replace(row, **figures())
         except torch.OutOfMemoryError:
             return replace(row, note="out of memory")
         except Exception as failed:
-            if ours:
+            if row.provider in MINE:
                 raise
-            return replace(row, note=_failure(failed))  # a peer's fault ends its own row
+            return replace(row, note=_failure(failed))
         finally:
-            del args, renew, call
             self._free()
 
     def _arguments(self, bench: Bench, sizes: Sizes) -> tuple[Any, ...]:
@@ -131,6 +140,7 @@ class Run:
 
     def _free(self) -> None:
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
     # --- host ---------------------------------------------------------------------------------------------------------------------------
@@ -164,6 +174,19 @@ class Run:
         """One call and its backward on a tiny tensor."""
         fn, options = peers.uncompiled(bench.op, self.device)[provider], bench.options(*bench.tiny)
         return measure.step(partial(fn, **options) if options else fn, self._arguments(bench, bench.tiny))
+
+
+def compared(rows: list[Row]) -> list[Row]:
+    """The same rows of one shape; beside a peer's figures, how ours by itself compares."""
+    ours = next(r for r in rows if r.provider == OURS)
+
+    def each(r: Row) -> Row:
+        if r.provider in MINE:
+            return r
+        time = ours.over_floor / r.over_floor if ours.over_floor and r.over_floor else None
+        return replace(r, ours_over_this=time, ours_mib_over_this=ours.mib / r.mib if ours.mib and r.mib else None)
+
+    return [each(r) for r in rows]
 
 
 def _failure(error: Exception) -> str:

@@ -23,6 +23,9 @@ MODES = (FORWARD, BOTH)
 HEAD_BOTH, HEAD_HALF, HEAD_FORWARD, HEAD_FROZEN = "head", "head: half ignored", "head: forward, no_grad", "head: frozen weight"
 HEAD_SWEEP, HEAD_ERRORS = "head: by tokens", "head: errors"
 HEAD_MODES = (HEAD_BOTH, HEAD_HALF, HEAD_FORWARD, HEAD_FROZEN)
+# Of the experts, see `experts`: all gradients, and the same where one expert has far more tokens than the others.
+EXPERTS_BOTH, EXPERTS_SKEWED = "experts", "experts: skewed"
+EXPERT_MODES = (EXPERTS_BOTH, EXPERTS_SKEWED)
 
 
 def _elements(*sizes: int) -> int:

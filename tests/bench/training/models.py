@@ -45,6 +45,8 @@ class Model:
     def tiny(self) -> Model:
         """The same kind of model in a few thousand parameters: it proves the harness without a GPU."""
         small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+        if "num_experts" in self.sizes:
+            small |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
         return replace(self, sizes=self.sizes | small | {"head_dim": 16, "vocab_size": 128}, batch=2, seq=16)
 
     def build(self, device: torch.device) -> PreTrainedModel:
@@ -76,6 +78,9 @@ _LLAMA_1B = _sizes(2048, 8192, 16, 32, 8, 64, 128256, tied=True)
 _LLAMA_8B = _sizes(4096, 14336, 8, 32, 8, 128, 128256, tied=False)
 _QWEN3 = _sizes(1024, 3072, 28, 16, 8, 128, 151936, tied=True)
 _GEMMA2 = _sizes(2304, 9216, 10, 8, 4, 256, 256000, tied=True)
+_QWEN3_MOE = _sizes(2048, 6144, 4, 32, 4, 128, 151936, tied=False) | {
+    "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+}  # fmt: skip
 _ROPE = {"rope_parameters": LLAMA3_ROPE}
 
 MODELS = (
@@ -83,6 +88,7 @@ MODELS = (
     Model("Llama 8B 8 layers", "llama", _LLAMA_8B, 4, 4096, checkpointing=True, options=_ROPE),
     Model("Qwen3 0.6B", "qwen3", _QWEN3, 8, 2048),
     Model("Gemma2 2B 10 layers", "gemma2", _GEMMA2, 4, 2048),
+    Model("Qwen3 30B-A3B 4 layers", "qwen3_moe", _QWEN3_MOE, 4, 4096),
     # Contexts at which the stock model's logits alone fill the GPU.
     Model("Llama 1B", "llama", _LLAMA_1B, 2, 16384, providers=EAGER, options=_ROPE),
     Model("Llama 1B", "llama", _LLAMA_1B, 2, 32768, checkpointing=True, providers=EAGER, options=_ROPE),
