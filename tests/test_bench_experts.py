@@ -122,7 +122,7 @@ def test_what_is_timed_must_be_captured_if_it_is_ours(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(measure, "device_us", timed)
     monkeypatch.setattr(measure, "peak_mib", lambda call, device: 7.0)
-    rows = experts._rows(Run(CPU), TINY[0], False)
+    rows = experts._rows(Run(CPU), TINY[0], False, TINY[0].names(False))
     assert told == [x for r in rows for x in (True, r.provider in MINE)]  # the floor, and then the provider
     assert {(r.us, r.floor_us, r.over_floor, r.mib) for r in rows} == {(6.0, 3.0, 2.0, 7.0)}
     assert [r.by_events for r in rows] == [r.provider not in MINE for r in rows]
@@ -136,7 +136,7 @@ def test_a_provider_that_tunes_itself_does_so_at_the_sizes_that_are_timed(monkey
         return liger_fn.moe_experts(x, *args, **more)
 
     monkeypatch.setattr(peers, "experts", lambda device: {OURS: fn})
-    experts._rows(Run(CPU), TINY[1], False)
+    experts._rows(Run(CPU), TINY[1], False, (OURS,))
     (tokens, *_), (few, *_) = TINY[1].sizes, TINY[1].small
     assert asked[:3] == [tokens, tokens, few]  # for cotangents, with its backward, and beside fp64
     assert set(asked[3:]) == {tokens}
@@ -160,7 +160,7 @@ def test_liger_kernel_takes_the_same_arguments_by_position(monkeypatch: pytest.M
     for name in ("liger_kernel", "liger_kernel.ops", "liger_kernel.ops.fused_moe"):
         monkeypatch.setitem(sys.modules, name, Module())
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "liger_kernel")
-    assert Truth(TINY[0], False, CPU).wrong(peers._liger_experts) == ""
+    assert Truth(TINY[0], False, CPU).wrong(peers.liger_experts) == ""
     assert LIGER not in peers.experts(CPU)
     assert list(peers.experts(torch.device("cuda"))) == [OURS, RECOMPUTE, HAND, LIGER]
 
@@ -286,3 +286,18 @@ def test_a_run_without_experts_says_nothing_of_them() -> None:
     assert "### The bars" in text
     assert OP not in text
     assert "experts" not in text
+
+
+def test_what_tunes_itself_is_compared_with_what_was_measured_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured by itself, with ours where that was not; beside it stands how ours compares, and the other rows stay."""
+    found = peers.experts(CPU)
+    monkeypatch.setattr(peers, "experts", lambda device: found | {LIGER: found[EAGER]})
+    mixture = replace(TINY[0], by=(OURS, EAGER, LIGER), skewed=False)
+    for before in ((OURS, EAGER), ()):
+        run = Run(CPU)
+        if before:
+            assert [r.provider for r in experts.speed(run, mixture)] == list(before)
+        rows = {r.provider: r for r in experts.speed(run, mixture, tuning=True)}
+        assert list(rows) == [*(before or (OURS,)), LIGER]
+        assert rows[LIGER].ours_over_this == rows[OURS].over_floor / rows[LIGER].over_floor
+        assert [r.provider for r in run.rows] == list(rows)

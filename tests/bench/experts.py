@@ -13,7 +13,8 @@ experts. Figures are of the forward and all gradients; memory is the peak over t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +25,7 @@ from tests.cases import BF16, FP32, Case, Inputs, Maker
 from tests.sample import Sample, gradients
 
 from . import measure, peers
+from .ahead import compile_ahead
 from .heads import error
 from .peers import EAGER, GROUPED, HAND, LIGER, MINE, OURS, RECOMPUTE
 from .results import Row
@@ -34,6 +36,7 @@ OP = "moe_experts"
 BY_ALL = OURS, RECOMPUTE, EAGER, GROUPED, HAND, LIGER
 BY_GROUPS = OURS, RECOMPUTE, GROUPED, HAND
 SLOW = (EAGER,)  # not measured with skewed routing
+TUNING = (LIGER,)  # compile and time many kernels before their first call returns: measured by themselves, last
 REPLAYS = 10, 50
 WRONG = 0.03  # of ‖truth‖: sums in bf16 stay below; a term that is missing, or a row in a wrong place, is more
 
@@ -165,30 +168,42 @@ class Truth:
 # --- figures ----------------------------------------------------------------------------------------------------------------------------
 
 
-def speed(run: Run, mixture: Mixture) -> list[Row]:
-    """Every provider at one shape; and with skewed routing, how much longer it takes."""
+def speed(run: Run, mixture: Mixture, tuning: bool = False) -> list[Row]:
+    """Every provider at one shape, or those that tune themselves; and with skewed routing, how much longer each takes."""
     run.gate(bench(mixture))
     if mixture.by_weights:
         assert run.limits["copy_gbs"]  # measured while there is nothing else in memory
-    balanced, *skewed = (compared(_rows(run, mixture, skewed)) for skewed in mixture.routings)
+    if tuning and run.device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+        compile_ahead(mixture.sizes[1:])
+    balanced, *skewed = (_beside(run, mixture, s, tuning) for s in mixture.routings)
     us = {r.provider: r.us for r in balanced}
     for rows in skewed:
         balanced += [replace(r, over_balanced=_ratio(r.us, us[r.provider])) for r in rows]
-    run.rows += balanced
+    now = {r.key for r in balanced}
+    run.rows[:] = [*(r for r in run.rows if r.key not in now), *balanced]
     return balanced
+
+
+def _beside(run: Run, mixture: Mixture, skewed: bool, tuning: bool) -> list[Row]:
+    """What was measured of this shape before, and what is measured now; ours too, if it was not."""
+    before = [r for r in run.rows if r.key[:3] == (OP, mixture.label, mode(skewed))]
+    names = [p for p in mixture.names(skewed) if (p in TUNING) == tuning]
+    if OURS not in (*names, *(r.provider for r in before)):
+        names.insert(0, OURS)
+    return compared([*before, *_rows(run, mixture, skewed, names)])
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:
     return a / b if a and b else None
 
 
-def _rows(run: Run, mixture: Mixture, skewed: bool) -> list[Row]:
+def _rows(run: Run, mixture: Mixture, skewed: bool, names: Sequence[str]) -> list[Row]:
     found = peers.experts(run.device)
     truth = Truth(mixture, skewed, run.device)
     run._free()
     args = run._arguments(bench(mixture), (*mixture.sizes, skewed))
     floor = None if mixture.by_weights else products(mixture, run.device)
-    rows = [_row(run, mixture, skewed, name, found[name], truth, args, floor) for name in mixture.names(skewed) if name in found]
+    rows = [_row(run, mixture, skewed, name, found[name], truth, args, floor) for name in names if name in found]
     del truth, args, floor
     run._free()
     return rows

@@ -298,7 +298,7 @@ def _transformers_experts(how: str) -> Fn:
     return experts
 
 
-def _liger_experts(x: Tensor, gate_up: Tensor, down: Tensor, topk_index: Tensor, topk_weight: Tensor) -> Any:
+def liger_experts(x: Tensor, gate_up: Tensor, down: Tensor, topk_index: Tensor, topk_weight: Tensor) -> Any:
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction as Function
 
     return Function.apply(x, gate_up, down, topk_index, topk_weight)
@@ -313,5 +313,5 @@ def experts(device: torch.device) -> Providers:
     if hasattr(torch, "_grouped_mm"):
         found[HAND] = _grouped
     if installed("liger_kernel") and device.type == "cuda":
-        found[LIGER] = _liger_experts
+        found[LIGER] = liger_experts
     return {k: found[k] for k in PROVIDERS if k in found}

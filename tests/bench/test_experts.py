@@ -13,6 +13,17 @@ pytestmark = pytest.mark.filterwarnings("default")  # what a peer warns of is no
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("mixture", [pytest.param(m, id=m.label.replace(" ", "-")) for m in experts.mixtures(DEVICE)])
+MIXTURES = [pytest.param(m, id=m.label.replace(" ", "-")) for m in experts.mixtures(DEVICE)]
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
 def test_experts_speed(run: Run, mixture: Mixture) -> None:
     experts.speed(run, mixture)
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_experts_that_tune_themselves(run: Run, mixture: Mixture) -> None:
+    """Last, since it takes minutes: what was measured before is kept if nobody waits for it."""
+    if DEVICE.type != "cuda" or not set(experts.TUNING) & set(mixture.by):
+        pytest.skip("nothing here tunes itself")
+    experts.speed(run, mixture, tuning=True)
