@@ -62,7 +62,7 @@ CUTS = {  # by the rows of an expert, at least; fp32 apart, whose products take 
         dgate_up=Tile(256, 128, 64, 5, 8, blocks=True),  # a loop that loads by indices of its own has half the stages
         ddown=Tile(128, 256, 64, 5, 8, blocks=True),
     ),
-    0: Cut(*4 * [Tile(16, 128, 128, 3, 4)], *2 * [Tile(128, 128, 16, 2, 4)]),
+    0: Cut(Tile(16, 128, 64, 5, 4), *3 * [Tile(16, 128, 128, 3, 4)], *2 * [Tile(128, 128, 16, 2, 4)]),
 }
 FULL = Cut(*4 * [Tile(64, 32, 16, 2, 4)], *2 * [Tile(64, 64, 16, 3, 4)])
 ACT_ROWS, ACT_COLUMNS = 4, 256
