@@ -105,6 +105,7 @@ def _bytes(t: Tensor) -> Tensor:
 
 def _of_bytes(t: Tensor, dtype: torch.dtype) -> Tensor:
     """The opposite."""
+    t = t.clone(memory_format=torch.contiguous_format)  # no view of a part: where that begins, the dtype may not
     return _flat(t).view(dtype).view(*t.shape[:-1], t.shape[-1] // dtype.itemsize)
 
 

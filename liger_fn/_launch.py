@@ -20,11 +20,15 @@ tl: Any
 try:
     import triton
     import triton.language
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
     tl, HAS_TRITON = triton.language, True
 except ImportError:  # Windows, Mac, or a CPU-only install: the reference backend runs, and kernels stay plain functions that nobody calls
     tl, HAS_TRITON = SimpleNamespace(constexpr=int), False
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:
+    TensorDescriptor: Any = None  # type: ignore[no-redef]
 
 COUNTS = ("N", "T", "blocks", "parts")  # parameters that change from batch to batch; the width of no load depends on them
 
@@ -175,10 +179,10 @@ _HOOKS = _hooks()
 
 @cache
 def copies_blocks(device: torch.device) -> bool:
-    """Has `device` an engine that copies blocks of a tensor to shared memory by itself (TMA)? NVIDIA's have since Hopper."""
-    if device.type in ("cpu", "meta"):
-        return HAS_TRITON and ENGINE
-    return HAS_TRITON and NVIDIA and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    """Has `device` an engine that copies blocks of a tensor to shared memory by itself (TMA)? Of NVIDIA's, Hopper and large Blackwells."""
+    if TensorDescriptor is None or device.type in ("cpu", "meta"):
+        return TensorDescriptor is not None and ENGINE
+    return NVIDIA and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def blocks(t: Tensor, shape: list[int]) -> Any:

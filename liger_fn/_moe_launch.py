@@ -83,7 +83,7 @@ def _shared(device: torch.device) -> int:
 
 
 def _meta(tile: Tile, t: Tensor, width: int, gathers: bool = False) -> dict[str, Any]:
-    """The options of a product: as many stages of its operands, `width` columns wide, as memory has room for."""
+    """The options of a product: no more stages than memory has room for operands, `width` columns wide."""
     room = _shared(t.device) // ((tile.bm + width) * tile.bk * t.element_size())
     return {
         "BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "GROUP": tile.group,
@@ -106,7 +106,7 @@ def _by_place(x: Tensor, routing: Routing, tile: Tile, inner: int) -> tuple[Tens
     """x, a row for each token, and the token of each place. Or a copy with a row for each place, whose blocks the GPU copies faster than it
     gathers rows: where experts are wide, that is worth it.
     """
-    if tile.blocks and inner >= WIDE and copies_blocks(x.device):
+    if tile.blocks and inner >= WIDE and x.shape[1] * x.element_size() % 16 == 0 and copies_blocks(x.device):
         return x.index_select(0, routing.token), None
     return x, routing.token
 
@@ -170,15 +170,18 @@ def _down(
     """(dgu, w h, the parts of dw), each where it is wanted."""
     slots, inner = len(gu), down.shape[2]
     bn = min(ACT_COLUMNS, next_power_of_2(inner))
-    dh = gu.new_empty(slots, inner)
+    # Of fp16 in fp32: before w multiplies it, it may be beyond the range. Else w h takes its place.
+    narrow = gu.dtype is torch.float16
+    dh = gu.new_empty(slots, inner, dtype=torch.float32 if narrow else gu.dtype)
+    wh = None if not wanted[1] else gu.new_empty(slots, inner) if narrow else dh
     _rows(dy, down.transpose(1, 2), None, dh, tiles, tile, token)
     dgu = dense(gu) if wanted[0] else None
     parts = gu.new_empty(slots, cdiv(inner, bn), dtype=torch.float32) if wanted[2] else None
     launch(
         _experts_slopes_kernel, (cdiv(slots, ACT_ROWS) * cdiv(inner, bn),), dy.device, dh, topk_weight, routing.order, routing.offsets,
-        gu, dgu, parts, len(routing.by_size), inner, how.limited, how.alpha, **_how(how), WH=wanted[1], BM=ACT_ROWS, BN=bn, num_warps=4,
+        gu, dgu, wh, parts, len(routing.by_size), inner, how.limited, how.alpha, **_how(how), BM=ACT_ROWS, BN=bn, num_warps=4,
     )  # fmt: skip
-    return dgu, dh if wanted[1] else None, parts
+    return dgu, wh, parts
 
 
 # --- sums -------------------------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ places each has a row. x and dy are gathered by the loads of the products that r
     _experts_act_kernel      w h alone
     _experts_slopes_kernel   from dh: dgu = w dh ∂h and w h, and Σ dh h over a block's columns: dw in parts
 
-w multiplies h and what is made of dh, never dy, so that no copy of dy is written. A program has one tile of rows, all of one expert, and
-sums its terms in their order: a row's result does not depend on which other rows are with it.
+w multiplies h and what is made of dh, never dy, of which no weighted copy is written. A program has one tile of rows, all of one expert,
+and sums its terms in their order: a row's result does not depend on which other rows are with it.
 
 Operands called `…_any` are pointers, or descriptors of blocks that the hardware copies by itself (`_launch.blocks`).
 """
@@ -347,10 +347,10 @@ def _experts_act_kernel(
 
 @jit
 def _experts_slopes_kernel(
-    dh_ptr, weight_ptr, order_ptr, offsets_ptr, gu_ptr, dgu_ptr, dw_ptr, E, I, limit, alpha,
-    ACT: tl.constexpr, PACKED: tl.constexpr, WH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    dh_ptr, weight_ptr, order_ptr, offsets_ptr, gu_ptr, dgu_ptr, wh_ptr, dw_ptr, E, I, limit, alpha,
+    ACT: tl.constexpr, PACKED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dgu and the parts of dw, each where it is wanted, and w h over dh where that is."""
+    """dgu, w h and the parts of dw, each where it is wanted. w h may be written over dh."""
     blocks_n = tl.cdiv(I, BN)
     place, inside, block = _rows_here(offsets_ptr, E, blocks_n, BM)
     n0 = block * BN
@@ -365,6 +365,6 @@ def _experts_slopes_kernel(
     if dgu_ptr is not None:
         dh *= factor[:, None]
         _store_packed(dgu_ptr, place, inside, dh * to_a, dh * to_u, n0, I, PACKED, BM, BN)
-    if WH:
+    if wh_ptr is not None:
         tl.debug_barrier()  # all have read dh
-        _store_rows(dh_ptr, place, inside, h * factor[:, None], n0, I, BN)
+        _store_rows(wh_ptr, place, inside, h * factor[:, None], n0, I, BN)

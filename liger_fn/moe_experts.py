@@ -187,9 +187,11 @@ def moe_experts(
 
     Returns:
         y, of x's shape and dtype. (a, u), h and o are rounded as the results of products are; y is summed in fp32 over the choices in their
-        order, and rounded once. What a token gets does not depend on which tokens are with it: its sums have one order. (How a product is
-        cut depends on T k / E; where that picks another entry of the table, results differ by the rounding of fp32 sums.) The same inputs
-        give the same bits, and the host waits for nothing. Gradients: all but topk_index; what asks for none costs nothing.
+        order, and rounded once. In backward dy downᵉ is rounded so too (of float16 it stays wide). What a token gets does not depend on
+        which tokens are with it: its sums have one order. (How a product is cut depends on T k / E; where that picks another entry of the
+        table, results differ by the rounding of fp32 sums.) A GPU that copies blocks by itself (Hopper) holds `[T k, H]` of x or dy while
+        it computes, where I is at least 1024. The same inputs give the same bits, and the host waits for nothing. Gradients: all but
+        topk_index; what asks for none costs nothing.
 
     Raises:
         TypeError: a tensor is not of a float dtype, dtypes differ, topk_index is not of an integer dtype, limit or alpha is not a number.

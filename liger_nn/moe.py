@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import liger_fn
@@ -36,7 +38,8 @@ class Experts(nn.Module):
         if num_experts % ranks:
             raise ValueError(f"Experts: num_experts must be a multiple of the group's {ranks} ranks, got {num_experts}; add some to pad it")
         num_experts //= ranks
-        self.options = options if group is None else options | {"group": group}
+        # By name, which can be copied and saved.
+        self.options, self.group_name = options, None if group is None else group.group_name
         gated = options.get("activation") != "relu2"
         self.first = "gate_up_proj" if gated else "up_proj"
         columns = 2 * intermediate_size if gated else intermediate_size
@@ -57,7 +60,10 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, topk_index: Tensor, topk_weight: Tensor) -> Tensor:
         down: Any = self.down_proj
-        experts = liger_fn.expert_parallel_moe_experts if "group" in self.options else liger_fn.moe_experts
+        experts: Any = liger_fn.moe_experts
+        if self.group_name is not None:
+            c10d: Any = dist.distributed_c10d
+            experts = partial(liger_fn.expert_parallel_moe_experts, group=c10d._resolve_process_group(self.group_name))
         return experts(
             x, getattr(self, self.first), down, topk_index, topk_weight,
             gate_up_bias=getattr(self, f"{self.first}_bias", None), down_bias=getattr(self, "down_proj_bias", None), **self.options,

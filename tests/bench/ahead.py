@@ -45,15 +45,23 @@ def _share(i: int, n: int, sizes: Sequence[int]) -> None:
 
 
 def compile_ahead(sizes: Sequence[int], processes: int | None = None) -> list[int | None]:
-    """Do it for (E, k, H, I), in as many processes as there are cores; their exit codes. One that fails leaves its share to the tuner."""
-    n = processes or max(1, (os.cpu_count() or 2) - 1)
+    """Do it for (E, k, H, I), in as many processes as cores and memory allow; their exit codes. What one leaves, the tuner compiles."""
+    import torch
+
+    experts, _, h, inner = sizes
+    each = 2**30 + 4 * 3 * experts * h * inner  # a context; weights and gradients in bf16
+    room = torch.cuda.mem_get_info()[0] // each if torch.cuda.is_available() else 1
+    n = processes or max(1, min((os.cpu_count() or 2) - 1, room))
     context = multiprocessing.get_context("spawn")
     started = [context.Process(target=_share, args=(i, n, tuple(sizes))) for i in range(n)]
     for process in started:
         process.start()
     for process in started:
         process.join()
-    return [process.exitcode for process in started]
+    codes = [process.exitcode for process in started]
+    if any(codes):
+        print(f"compiled ahead, but some processes failed: {codes}", file=sys.stderr)
+    return codes
 
 
 if __name__ == "__main__":

@@ -87,6 +87,15 @@ def test_choices_travel_as_bytes(dtype: torch.dtype) -> None:
     assert_same_bits([got[1][2:]], [weight], "weight")
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_choices_of_no_token_and_of_one(tokens: int, dtype: torch.dtype) -> None:
+    """Whose bytes, however they are cut, count as contiguous."""
+    index, weight = torch.zeros(tokens, 2, dtype=torch.int32), torch.randn(tokens, 2).to(dtype)
+    got = unpacked(packed(index, weight, 3), 2, dtype, 3, 0)
+    assert_same_bits(got, [index, weight], "choices")
+
+
 # --- ranks ------------------------------------------------------------------------------------------------------------------------------
 
 

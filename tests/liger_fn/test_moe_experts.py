@@ -187,6 +187,17 @@ def test_the_cut_follows_the_rows_of_an_expert() -> None:
     assert _moe_launch.cut(10**6, 8, torch.float32) is FULL
 
 
+def test_fp16_weights_what_is_beyond_its_range(backend: str, device: torch.device) -> None:
+    """dy downᵉ is 76800 here, w times that 4800."""
+    one = torch.ones(1, 1, 128, dtype=torch.float16, device=device)
+    s = {"gate_up": one.expand(1, 8, 128) / 128, "down": one.mT.expand(1, 128, 4)}
+    weight, x = torch.full((1, 1), 1 / 16, device=device), one[0].clone().requires_grad_()
+    y = liger_fn.moe_experts(x, s["gate_up"], s["down"], torch.zeros(1, 1, dtype=torch.int64, device=device), weight)
+    (dx,) = torch.autograd.grad(y, x, torch.full_like(y, 600.0))
+    slope = 4 * 4800 * (torch.sigmoid(torch.tensor(1.0)) * (2 - torch.sigmoid(torch.tensor(1.0))) + torch.sigmoid(torch.tensor(1.0))) / 128
+    torch.testing.assert_close(dx.float().cpu(), slope.expand(1, 128), rtol=2e-3, atol=0)
+
+
 def test_what_is_kept(backend: str, device: torch.device) -> None:
     """(a, u) of each choice, unless it is made again; the routing; and nothing that backward does not need."""
     for save, want in (("gate_up", [[10, 40]]), ("recompute", [])):
