@@ -93,6 +93,7 @@ def test_the_page_shows_every_bar_met_or_not() -> None:
     assert f"| `swiglu` | {shape} | {BOTH} | liger_fn donate | ≤ 225 MiB | 225.3 | **no** |" in section  # 225 would hide it
     assert "| host | liger-kernel | ≤ 0.60 liger_fn ÷ this, host | 0.50 | yes |" in section
     assert f"| `geglu` | {shape} | {BOTH} | liger_fn donate | ≤ 225 MiB | not measured | – |" in section
+    assert "`rms_norm`" not in section, "a function that was not run has no verdict"
     printed = bars.lines(rows)
     assert len(printed) == len(bars.verdicts(rows)) + 1
     assert len({line.index(column) for line, column in ((printed[0], "bar"), *((p, "≤") for p in printed[1:]))}) == 1

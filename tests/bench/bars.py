@@ -127,10 +127,10 @@ def every() -> list[Bar]:
 
 
 def verdicts(rows: Iterable[Row]) -> list[Verdict]:
-    """Every bar with its figure; one that the run did not measure stays, without. Those of experts stay where any row is of experts."""
+    """Every bar of the functions that the run has rows of, with its figure; one that it did not measure stays, without."""
     rows = list({r.key: r for r in rows}.values())
-    shown = [bar for bar in every() if bar.op != EXPERTS or any(r.op == EXPERTS for r in rows)]
-    return [Verdict(bar, _figure(bar, rows)) for bar in shown]
+    ops = {r.op for r in rows}
+    return [Verdict(bar, _figure(bar, rows)) for bar in every() if bar.op in ops]
 
 
 def _figure(bar: Bar, rows: Sequence[Row]) -> float | None:

@@ -56,12 +56,14 @@ def _loss(rows: Rows) -> float | None:
 
 
 def verdicts(rows: Iterable[Step]) -> list[Verdict]:
-    """Every bar with its figure; one that the run did not measure stays, without."""
+    """Every bar of the models that were run, with its figure; one that was not measured stays, without."""
     rows, found = list(rows), []
     for model in MODELS:
         if model.name not in OF_LIGER or OURS_COMPILE not in model.providers:
             continue
         of_model = {r.provider: r for r in rows if (r.model, r.shape) == (model.name, model.shape)}
+        if not of_model:
+            continue
         bars: tuple[tuple[str, Callable[[Rows], float | None], bool, float], ...] = (
             ("tokens/s, liger_fn ÷ liger-kernel", _speed, True, OF_LIGER[model.name]),
             ("peak memory, liger_fn ÷ liger-kernel", _memory, False, MEMORY),

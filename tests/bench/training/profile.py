@@ -6,7 +6,7 @@ import re
 
 # In order: the first whose pattern a kernel's name has. liger_fn's kernels are named for their functions.
 KINDS: tuple[tuple[str, str], ...] = (
-    ("experts", r"_experts_"),
+    ("experts", r"_experts_|_moe_bwd_|_fused_(up|down)_proj"),  # the latter are liger-kernel's
     ("routing", r"_moe_|_router_|_route_|_permute_|_balance_|_z_parts|_z_sum"),
     ("attention", r"sdpa|flash|fmha|cudnn::fusion|attention"),
     ("matrix products", r"nvjet|gemm|splitKreduce|cutlass|gemv"),

@@ -48,7 +48,7 @@ def _section(stem: str, steps: Steps) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in m.items() if k != "device")
     found = [v for v in verdicts(steps.rows) if v.met is not None]
     cells = [
-        (v.model, v.shape, v.what, v.bar, "–" if v.found is None else f"{v.found:.3g}", {True: "yes", False: "**no**", None: "–"}[v.met])
+        (v.model, v.shape, v.what, v.bar, "–" if v.found is None else f"{v.found:.4g}", {True: "yes", False: "**no**", None: "–"}[v.met])
         for v in verdicts(steps.rows)
     ]
     return "\n".join(
