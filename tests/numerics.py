@@ -58,7 +58,6 @@ def assert_near(ours: Tensor, naive: Tensor, truth: Tensor, what: str) -> None:
     """The numerics rule for one tensor. Where truth is not finite, ours must not be in the same way; the rule holds over the rest."""
     assert ours.shape == naive.shape, f"{what}: shape {list(ours.shape)}, the reference has {list(naive.shape)}"
     assert ours.dtype == naive.dtype, f"{what}: {ours.dtype}, the reference has {naive.dtype}"
-    kind = torch.finfo(ours.dtype)
     rounded = truth.to(ours.dtype)  # what this dtype can say of it: beyond its range, infinity
     for special, found, wanted in (
         ("NaN", ours.isnan(), rounded.isnan()),
@@ -70,11 +69,17 @@ def assert_near(ours: Tensor, naive: Tensor, truth: Tensor, what: str) -> None:
             f"{what}: {special} in {int(found.sum())} elements, in fp64 in {int(wanted.sum())}; {wrong} of {ours.numel()} differ"
         )
 
-    finite = rounded.isfinite() & naive.isfinite()
+    err, naive_err, one_rounding, size = errors(ours, naive, truth)
+    allowed = naive_err + one_rounding
+    assert err <= allowed, (
+        f"{what}: error {err:.4g} over {allowed:.4g} (plain PyTorch's {naive_err:.4g} + one rounding), ‖truth‖ = {size:.4g}"
+    )
+
+
+def errors(ours: Tensor, naive: Tensor, truth: Tensor) -> tuple[float, float, float, float]:
+    """‖ours − truth‖, ‖naive − truth‖, one rounding of truth, and ‖truth‖, over what this dtype can say of truth."""
+    kind = torch.finfo(ours.dtype)
+    finite = truth.to(ours.dtype).isfinite() & naive.isfinite()
     o, n, t = (x[finite].double() for x in (ours, naive, truth))
     one_rounding = kind.eps / 2 * t.norm() + kind.tiny * kind.eps / 2 * math.sqrt(t.numel())  # the second part: of subnormal numbers
-    naive_err = float((n - t).norm())
-    err, allowed = float((o - t).norm()), naive_err + float(one_rounding)
-    assert err <= allowed, (
-        f"{what}: error {err:.4g} over {allowed:.4g} (plain PyTorch's {naive_err:.4g} + one rounding), ‖truth‖ = {float(t.norm()):.4g}"
-    )
+    return float((o - t).norm()), float((n - t).norm()), float(one_rounding), float(t.norm())
