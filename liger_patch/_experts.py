@@ -10,8 +10,9 @@ from torch import Tensor
 
 import liger_fn
 
-from ._head import is_sharded, multiplies_itself
+from ._head import multiplies_itself
 from ._modules import act_of, is_hooked
+from ._sharded_head import is_sharded
 from ._spec import Experts
 from ._swap import Forward
 

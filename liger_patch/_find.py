@@ -21,13 +21,14 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from . import _proof
 from ._errors import PatchError
 from ._experts import ExpertsForward, ScaledExpertsForward, activation, users_choice, why_not
-from ._head import CausalLMForward, CausalLMLoss, HeadForward, has_backward_hooks, is_sharded, multiplies_itself, output_layer
+from ._head import CausalLMForward, CausalLMLoss, HeadForward, has_backward_hooks, multiplies_itself, output_layer
 from ._mask import MaskForward, names_read
 from ._modules import PACKED, SEPARATE, GLUForward, NormForward, act_of, is_hooked
 from ._proof_experts import prove_experts
 from ._registry import known
 from ._report import ALREADY, FAILED, LEFT, PLANNED, Row
 from ._rope import RopeForward
+from ._sharded_head import by_transformers, is_sharded
 from ._spec import GLU, GLU_OPS, OPS, Arch, Experts, Head, Norm, Rope
 from ._swap import Forward, Swap, installed, is_stock
 from ._view import uses_global
@@ -336,12 +337,13 @@ def _not_a_plain_linear(root: PreTrainedModel, layer: nn.Module) -> str:
         return f"the output layer is a {_title(layer)}, whose logits are not those of its weight alone"
     if multiplies_itself(layer.weight) and not is_sharded(layer.weight):
         return f"the output layer's weight is a {_title(layer.weight)}, which no function of liger_fn reads"
-    if not is_stock(layer):
+    split = by_transformers(layer, layer.__dict__.get("forward"))
+    if not (is_stock(layer) or split):
         return f"the output layer's forward was replaced on this instance by {_title(layer.__dict__['forward'])}"
     if has_backward_hooks(layer):
         return "the output layer has backward hooks, which want the gradient of its logits"
-    if getattr(root, "_tp_size", None) not in (None, 1):
-        return "the output layer is split over devices (tensor parallel)"
+    if getattr(root, "_tp_size", None) not in (None, 1) and not split:
+        return "the output layer is split over devices (tensor parallel), and not along the vocabulary"
     return ""
 
 

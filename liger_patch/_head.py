@@ -19,21 +19,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed import is_available
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 import liger_fn
 
 from ._carrier import FusedLogits, Source, Step, same_number
+from ._sharded_head import by_transformers, gathering, split
 from ._spec import Head
 from ._swap import Forward, Swap
-
-if is_available():
-    from torch.distributed.tensor import DTensor
-
-    _Sharded: tuple[type, ...] = (DTensor,)
-else:
-    _Sharded = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +77,7 @@ class CausalLMForward(Forward):
     __slots__ = ("head", "labels_at", "spec", "traceable")
 
     op = kind = "linear_cross_entropy"
+    sharded = True
 
     def __init__(self, module: nn.Module, head: HeadForward, spec: Head) -> None:
         super().__init__(module)
@@ -149,6 +143,7 @@ class HeadForward(Forward):
     __slots__ = ("requests",)
 
     op = kind = "linear_cross_entropy"
+    sharded = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -159,16 +154,26 @@ class HeadForward(Forward):
         request = self.requests[-1] if self.requests else None
         weight, bias = module.weight, module.bias
         # Backward hooks of this module want the gradient of logits, so there must be logits.
-        if request is None or multiplies_itself(weight) or has_backward_hooks(module):
+        swapped_out, gather = hasattr(weight, "ds_id"), gathering(module)
+        if request is None or has_backward_hooks(module) or (swapped_out and gather is None):
             return self.stock(module, hidden_states)
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        target = request.targets(x.shape[0]).to(x.device)
-        loss = liger_fn.linear_cross_entropy(
-            x, weight, target, bias, ignore_index=request.ignore_index, reduction=request.reduction, **formed(request.steps)
-        )
-        if request.num_items_in_batch is not None:
-            loss = request.normalize(loss)
+        if multiplies_itself(weight):
+            mine = split(hidden_states, weight, bias, replicated=bool(self.before) and by_transformers(module, self.before[0]))
+            if mine is None:
+                return self.stock(module, hidden_states)
+            loss = self._loss(request, liger_fn.vocab_parallel_linear_cross_entropy, mine.x, mine.weight, mine.bias, **mine.options())
+            return mine.carrier(loss, self, hidden_states, weight, bias, request)
+        loss = self._loss(request, liger_fn.linear_cross_entropy, hidden_states, weight, bias)
+        if swapped_out:
+            loss = gather.apply(loss)
         return FusedLogits(loss, Source(self, hidden_states, weight, bias, request))
+
+    def _loss(self, request: Request, function: Any, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
+        x = x.reshape(-1, x.shape[-1])
+        target = request.targets(x.shape[0]).to(x.device)
+        options |= {"ignore_index": request.ignore_index, "reduction": request.reduction, **formed(request.steps)}
+        loss: Tensor = function(x, weight, target, bias, **options)
+        return loss if request.num_items_in_batch is None else request.normalize(loss)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Ordinary logits, by a call of the module: whatever hooks gather its weight run again."""
@@ -227,11 +232,6 @@ class CausalLMLoss(Swap):
 def multiplies_itself(weight: Tensor) -> bool:
     """Whether a weight is no plain matrix, but knows itself how to be multiplied by: a quantised one, or one that is split over devices."""
     return hasattr(type(weight), "__tensor_flatten__")
-
-
-def is_sharded(weight: Tensor) -> bool:
-    """Whether a weight is split over devices. Outside of a call it may be so, and whole in it."""
-    return isinstance(weight, _Sharded)
 
 
 def has_backward_hooks(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ._errors import PatchError
+from ._sharded_head import is_sharded
 
 RECORD = "_liger_patch"  # where a patched model notes its swaps
 
@@ -75,6 +76,7 @@ class Forward(Swap):
 
     slot_name = "forward"
     kind: str  # what of a module it replaces: at most one swap of a kind
+    sharded = False  # whether it takes inputs that are split over devices
     __name__ = "forward"
 
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -84,8 +86,14 @@ class Forward(Swap):
         """What the module would do without this swap."""
         return self.before[0](*args, **kwargs) if self.before else type(module).forward(module, *args, **kwargs)
 
+    def entered(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """`run`, or the module's own forward where an input is split over devices: DTensors know no function of liger_fn."""
+        if not self.sharded and any(is_sharded(value) for value in (*args, *kwargs.values())):
+            return self.stock(module, *args, **kwargs)
+        return self.run(module, *args, **kwargs)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(self.module, *args, **kwargs)
+        return self.entered(self.module, *args, **kwargs)
 
     # Libraries that wrap a forward take it apart by these two and bind the pieces again, perhaps to a shallow copy of the module.
     @property
@@ -94,7 +102,7 @@ class Forward(Swap):
 
     @property
     def __func__(self) -> Callable[..., Any]:
-        return self.run
+        return self.entered
 
     # Trainers and generate() read the signature to learn what a model accepts.
     @property
@@ -106,6 +114,8 @@ class Viewed(Forward):
     """A module's own forward, over a view of its code's globals in which some mean something else."""
 
     __slots__ = ("_forward",)
+
+    sharded = True  # what runs is the module's own
 
     def _bound(self) -> Callable[..., Any]:
         """That forward. It has no importable name: a copy makes it anew from its class."""
@@ -135,7 +145,7 @@ class Alone(Swap):
 def installed(module: nn.Module, slot_name: str) -> Swap | None:
     """The swap that a module calls in this slot, if it is one of ours."""
     value = module.__dict__.get(_slot(module, slot_name))
-    # Bound anew from its pieces (see Forward.__func__), a swap is the `self` of its own `run`.
+    # Bound anew from its pieces (see Forward.__func__), a swap is the `self` of its own `entered`.
     value = getattr(getattr(value, "__func__", None), "__self__", value)
     return value if isinstance(value, Swap) else None
 

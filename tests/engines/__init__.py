@@ -1,0 +1,1 @@
+"""Tests of `liger_patch`, on models small enough for a laptop's core."""

@@ -1,0 +1,173 @@
+"""Engines in which all ranks have the same rows and parts of each matrix: torch's plans for them, and transformers' own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from transformers import LlamaForCausalLM
+from transformers.distributed import DistributedConfig
+
+import liger_patch
+from liger_patch._sharded_head import split as parts
+from tests.engines.ranks import Check, Rank
+from tests.engines.training import FUSED, LOGITS, SHARDED, Share, alone, batch, losses_by, patched_and_wrapped, the_same, together, whole_of
+from tests.liger_patch.models import llama
+
+Plan = Callable[[], dict[str, ParallelStyle]]
+
+
+def projections(**row_options: Any) -> dict[str, ParallelStyle]:
+    """Heads and columns of each layer over the ranks."""
+    row = partial(RowwiseParallel, **row_options)
+    columns = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    plan: dict[str, ParallelStyle] = {f"model.layers.*.{name}": ColwiseParallel() for name in columns}
+    return plan | {"model.layers.*.self_attn.o_proj": row(), "model.layers.*.mlp.down_proj": row()}
+
+
+def sequences(**row_options: Any) -> dict[str, ParallelStyle]:
+    """Besides, tokens over the ranks where norms and sums run."""
+    cut = {"output_layouts": Shard(1), "use_local_output": False}
+    gathered = {"hidden_states": Replicate()}
+    return projections(**cut) | {
+        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), **cut),
+        "model.layers.*.input_layernorm": SequenceParallel(),
+        "model.layers.*.self_attn": PrepareModuleInput(
+            input_kwarg_layouts={"hidden_states": Shard(1)}, desired_input_kwarg_layouts=gathered
+        ),
+        "model.layers.*.post_attention_layernorm": SequenceParallel(),
+        "model.layers.*.mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
+        "model.norm": SequenceParallel(),
+        "lm_head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+
+
+def with_head(style: Callable[..., ParallelStyle], **options: Any) -> dict[str, ParallelStyle]:
+    return projections() | {"lm_head": style(**options)}
+
+
+def gathered() -> dict[str, ParallelStyle]:
+    """The output layer split along the vocabulary, and its logits gathered."""
+    return with_head(ColwiseParallel, output_layouts=Replicate())
+
+
+class Engine(NamedTuple):
+    """What is split, which function the loss comes from, and what is unlike other models."""
+
+    plan: Plan
+    loss: str = SHARDED
+    options: dict[str, Any] = {}  # noqa: RUF012  (nobody changes it)
+
+
+ENGINES = {
+    "whole head": Engine(projections, FUSED),
+    "split vocabulary": Engine(gathered),
+    "split vocabulary, uneven": Engine(gathered, options={"vocab_size": 131}),
+    "split vocabulary, logits left in parts": Engine(partial(with_head, ColwiseParallel, use_local_output=False)),
+    "split vocabulary, tokens split": Engine(sequences),
+    "head split along its input": Engine(partial(with_head, RowwiseParallel, input_layouts=Replicate()), LOGITS),
+}
+
+
+def split(model: nn.Module, plan: Plan, mesh: Any = None) -> nn.Module:
+    return parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)) if mesh is None else mesh, plan())
+
+
+def trains_as_one_process(on: Rank, engine: Engine, when: str) -> None:
+    model: Any = patched_and_wrapped(partial(split, plan=engine.plan), when, **engine.options)
+    with losses_by(engine.loss):
+        got = together(model, Share())
+    the_same(got, alone(**engine.options), **engine.options)
+    weight = model.lm_head.weight
+    assert isinstance(weight, DTensor) == (engine.loss != FUSED)
+    if isinstance(weight, DTensor):
+        assert weight.to_local().numel() <= (weight.numel() + 32) // 2
+
+
+def logits_are_there_when_asked_for(on: Rank, plan: Plan) -> None:
+    """Whole ones, and gradients through them: once each with no loss asked of them, and with the loss's own."""
+    data, stock = batch(0), llama()
+    model: Any = patched_and_wrapped(partial(split, plan=plan), "after")
+    with losses_by(SHARDED):
+        outputs = model(**data.arguments())
+    expected = stock(**data.arguments())
+    assert outputs.logits.shape == expected.logits.shape
+    for each in (outputs, expected):
+        (each.loss + each.logits.square().mean()).backward()
+    torch.testing.assert_close(outputs.logits + 0, expected.logits, rtol=1e-5, atol=1e-6)  # fp32, near 1
+    for name in ("lm_head", "model.embed_tokens"):
+        grad, wanted = whole_of(model.get_submodule(name).weight.grad), stock.get_submodule(name).weight.grad
+        assert torch.linalg.vector_norm(grad - wanted) <= 1e-5 * torch.linalg.vector_norm(wanted), name  # sums of fp32
+    gone = model(**data.arguments()).logits
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    with pytest.raises(RuntimeError, match="weight has changed"):
+        gone.sum()
+
+
+def evaluation_and_own_means(on: Rank) -> None:
+    """No `num_items_in_batch`; and no training, where logits are plain."""
+    data, stock = batch(0), llama()
+    model: Any = patched_and_wrapped(partial(split, plan=gathered), "before")
+    call = {"input_ids": data.ids, "labels": data.labels, "use_cache": False}
+    torch.testing.assert_close(model(**call).loss, stock(**call).loss, rtol=2e-6, atol=0)
+    got, expected = model.eval()(**call), stock.eval()(**call)
+    assert type(got.logits) is Tensor
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.loss, expected.loss, rtol=2e-6, atol=0)
+    liger_patch.revert(model)
+    assert not isinstance(model.train()(**call).logits.grad_fn, type(None))
+
+
+def a_vocabulary_of_fewer_classes_than_ranks_can_share(on: Rank) -> None:
+    """One class of two ranks: the second has none, and the layer's own code runs."""
+    mesh = init_device_mesh("cpu", (on.size,))
+    x = DTensor.from_local(torch.ones(2, 4), mesh, (Replicate(),))
+    for classes, has in ((1, False), (on.size, True)):
+        weight = torch.distributed.tensor.distribute_tensor(torch.ones(classes, 4), mesh, (Shard(0),))
+        assert (parts(x, weight, None, replicated=False) is not None) == has
+        assert parts(torch.ones(2, 4), weight, None, replicated=False) is None, "FSDP2's ranks have tokens of their own"
+        assert parts(x.redistribute(mesh, (Shard(0),)), weight, None, replicated=True) is None
+
+
+def as_transformers_loads_it(on: Rank) -> None:
+    """`from_pretrained` splits all that the model's own plan names, embedding and output layer included."""
+    where = on.where / "saved"
+    if on.rank == 0:
+        llama().save_pretrained(where)
+    dist.barrier()
+    model: Any = LlamaForCausalLM.from_pretrained(where, distributed_config=DistributedConfig(tp_size=on.size)).train()
+    assert isinstance(model.lm_head.weight, DTensor)
+    liger_patch.auto(model)
+    with losses_by(SHARDED):
+        got = together(model, Share())
+    the_same(got, alone())
+
+
+CHECKS: dict[str, Check] = {
+    **{
+        f"{name}, patched {when}": partial(trains_as_one_process, engine=engine, when=when)
+        for name, engine in ENGINES.items()
+        for when in ("before", "after")
+    },
+    "logits_are_there_when_asked_for": partial(logits_are_there_when_asked_for, plan=gathered),
+    "tokens split: logits_are_there_when_asked_for": partial(logits_are_there_when_asked_for, plan=sequences),
+    "evaluation_and_own_means": evaluation_and_own_means,
+    "a_vocabulary_of_fewer_classes_than_ranks_can_share": a_vocabulary_of_fewer_classes_than_ranks_can_share,
+    "as_transformers_loads_it": as_transformers_loads_it,
+}
