@@ -10,6 +10,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 TRAIN_ARGS ?=
 CONVERGENCE_ARGS ?=
+CARDS_ARGS ?=
 DEMO_ARGS ?=
 
 ifeq ($(strip $(VENV)),)
@@ -22,7 +23,7 @@ endif
 HAS_GPU := $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest check bench bench-train bench-report convergence clean
+.PHONY: help demo test test-oldest check bench bench-train bench-report convergence cards clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z-]*\): .*## /make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -64,6 +65,9 @@ bench-report: $(READY) ## make docs/benchmarks.md and its figures from all of te
 convergence: $(READY) ## train a model of each family on real text, stock and patched, on a GPU; then make docs/convergence.md
 	@$(PY) -m tests.convergence $(CONVERGENCE_ARGS)
 	@$(PY) -m tests.convergence report
+
+cards: $(READY) ## measure every function's error against fp64; on a GPU, into docs/numerics.md (CARDS_ARGS="--ops rope" for some)
+	@$(PY) -m tests.cards $(CARDS_ARGS)
 
 clean: ## remove the environment, caches and what the demo wrote
 	@if [ -n "$(VENV)" ] && [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
