@@ -10,12 +10,15 @@
     liger_patch.register(Arch(...))       # add one
     print(liger_patch.suggest(model))     # the entry of a model of another type, proved
 
+    liger_patch.provide_liger_kernel()    # trainers' own use_liger_kernel=True, served by auto
+
 A patched model can be saved, copied and pickled: its state dict and `save_pretrained` are the stock model's; a deep copy or an unpickled
 model is patched too, by itself, and can be reverted by itself.
 """
 
 from ._apply import auto, patched, plan, revert
 from ._errors import PatchError
+from ._provide import provide_liger_kernel
 from ._registry import register, supported
 from ._report import Report, Row
 from ._spec import GLU, Arch, Experts, Head, Norm, Rope
@@ -36,6 +39,7 @@ __all__ = [
     "auto",
     "patched",
     "plan",
+    "provide_liger_kernel",
     "register",
     "revert",
     "suggest",

@@ -30,7 +30,7 @@ from ._report import ALREADY, FAILED, LEFT, PLANNED, Row
 from ._rope import RopeForward
 from ._sharded_head import by_transformers, is_sharded
 from ._spec import GLU, GLU_OPS, OPS, Arch, Experts, Head, Norm, Rope
-from ._swap import Forward, Swap, installed, is_stock
+from ._swap import Forward, Swap, installed, is_stock, recorded
 from ._view import uses_global
 
 
@@ -309,7 +309,8 @@ def _head(root: PreTrainedModel, spec: Head, asked: Mapping[str, bool]) -> Itera
         return lambda: _proof.prove_head(root, spec, head, plain), key
 
     row = replace(row, was=type(layer).__name__)
-    if isinstance(installed(root, "forward"), CausalLMForward) and isinstance(installed(layer, "forward"), HeadForward):
+    ours = next((swap for swap in recorded(root) if isinstance(swap, CausalLMForward)), None)
+    if ours is not None and ours.head is installed(layer, "forward"):  # and not of a layer that has since been put in its place
         yield Find(replace(row, status=ALREADY), (), *proof(head=True))
     elif not asked["linear_cross_entropy"]:
         yield left(row, "linear_cross_entropy=False", row.was)
@@ -338,7 +339,8 @@ def _not_a_plain_linear(root: PreTrainedModel, layer: nn.Module) -> str:
     if multiplies_itself(layer.weight) and not is_sharded(layer.weight):
         return f"the output layer's weight is a {_title(layer.weight)}, which no function of liger_fn reads"
     split = by_transformers(layer, layer.__dict__.get("forward"))
-    if not (is_stock(layer) or split):
+    again = isinstance(installed(layer, "forward"), HeadForward) and isinstance(installed(root, "forward"), CausalLMForward)
+    if not (is_stock(layer) or split or again):
         return f"the output layer's forward was replaced on this instance by {_title(layer.__dict__['forward'])}"
     if has_backward_hooks(layer):
         return "the output layer has backward hooks, which want the gradient of its logits"
