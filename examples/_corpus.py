@@ -37,7 +37,7 @@ def sources(limit: int) -> list[str]:
             texts.append(text)
             room -= len(text)
     if room > limit // 2:
-        raise SystemExit(f"quickstart: {root} holds too few .py sources to train on; use a Python that has its library as sources")
+        raise SystemExit(f"corpus: {root} holds too few .py sources to train on; use a Python that has its library as sources")
     return texts
 
 
