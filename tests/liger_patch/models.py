@@ -70,9 +70,11 @@ FAMILIES = ("llama", "gemma2", "qwen3_moe", "cohere", "gpt_neox", "phi3", "gemma
 LOUDER = {"gemma4_text": 1}  # it scales no scores of attention down: of large ones, the stock model's own rounding errors are large
 
 
-def family(model_type: str, *, tied: bool | None = None) -> PreTrainedModel:
+def family(model_type: str, *, tied: bool | None = None, **sizes: int) -> PreTrainedModel:
     """A model in training mode whose norms do not all scale by 1, and whose layers have something to say."""
     config = config_of(model_type)
+    for name, size in sizes.items():
+        setattr(config, name, size)
     if tied is not None:
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = tied
     torch.manual_seed(0)
