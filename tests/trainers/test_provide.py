@@ -60,18 +60,18 @@ def test_the_trainers_switch(provided, tmp_path):
 @pytest.mark.parametrize(
     ("told", "left"),
     [
-        ({"rope": False}, {"rope"}),
-        ({"rms_norm": False, "swiglu": False}, {"rms_norm", "swiglu"}),
-        ({"fused_linear_cross_entropy": False, "cross_entropy": True, "geglu": True}, {"linear_cross_entropy"}),
-        ({"cross_entropy": False}, {"cross_entropy"}),
-        ({"causal_mask": False}, {"causal_mask"}),
+        ({"rope": False}, ["rope"]),
+        ({"rms_norm": False, "swiglu": False}, ["rms_norm", "swiglu"]),
+        ({"fused_linear_cross_entropy": False, "cross_entropy": True, "geglu": True}, ["linear_cross_entropy"]),
+        ({"cross_entropy": False}, ["cross_entropy"]),
+        ({"causal_mask": False}, ["causal_mask"]),
     ],
     ids=str,
 )
 def test_what_it_is_told_to_leave(provided, told, left):
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-    assert patched(_apply_liger_kernel_to_instance(model=llama(), **told)) == ALL - left
+    assert patched(_apply_liger_kernel_to_instance(model=llama(), **told)) == ALL - set(left)
 
 
 @pytest.mark.parametrize(("told", "chosen"), [({"swiglu": False}, False), ({"swiglu": False, "experts": True}, True), ({}, None)], ids=str)
