@@ -1,4 +1,4 @@
-"""The quickstart's command line: every value is checked before any work begins."""
+"""The examples' command lines: every value is checked before any work begins."""
 
 import argparse
 from collections.abc import Collection, Sequence
@@ -12,7 +12,7 @@ from _presets import PRESETS, Preset
 
 @dataclass(frozen=True)
 class Options:
-    """A checked command line."""
+    """A checked command line of the quickstart."""
 
     model_type: str
     preset: Preset
@@ -23,33 +23,25 @@ class Options:
     baseline_compile: bool
 
 
-def parse(argv: Sequence[str] | None, supported: Collection[str], doc: str | None) -> Options:
-    """Options from `argv` (None: the command line). A value that cannot work ends the program with exit code 2 and the remedy."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    memory = torch.cuda.get_device_properties(0).total_memory / 2**30 if device == "cuda" else 0.0
-    automatic = "1b" if memory > PRESETS["1b"].gib(PRESETS["1b"].batch) else "small"
-
-    parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0], allow_abbrev=False)
-    known = ", ".join(sorted(supported))
-    parser.add_argument("--model-type", default="llama", metavar="TYPE", help=f"architecture: {known} (default: llama)")
-    parser.add_argument("--preset", default=automatic, metavar="NAME", help=f"size: {', '.join(PRESETS)} (default here: {automatic})")
-    parser.add_argument("--steps", type=int, metavar="N", help="training steps of each run (default: the preset's)")
+def add_sizes(parser: argparse.ArgumentParser, out: str, preset: str) -> None:
+    """What every example is asked: `--preset`, `--steps`, `--batch`, `--seed` and `--out`."""
+    parser.add_argument("--preset", default=preset, metavar="NAME", help=f"size: {', '.join(PRESETS)} (default here: {preset})")
+    parser.add_argument("--steps", type=int, metavar="N", help="training steps, 2 or more (default: the preset's)")
     parser.add_argument("--batch", type=int, metavar="N", help="sequences in a batch (default: the preset's)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the weights, the batches and the sample (default: 0)")
-    parser.add_argument("--out", type=Path, default=Path("out/quickstart"), metavar="DIR", help="results folder (default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile both runs")
-    parser.add_argument(
-        "--baseline-compile",
-        action="store_true",
-        help="also train stock in the other mode (compiled; eager under --compile): how far rounding alone moves the losses",
-    )
-    given = parser.parse_args(argv)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all random numbers (default: 0)")
+    parser.add_argument("--out", type=Path, default=Path("out") / out, metavar="DIR", help="results folder (default: %(default)s)")
+
+
+def sized(parser: argparse.ArgumentParser, given: argparse.Namespace, memory: float | None = None) -> Preset:
+    """The preset with what was given of its numbers.
+
+    A value that cannot work ends the program with exit code 2 and the remedy. `memory` is the GPU's, in GiB, where what is trained may need
+    as much as a stock model does; without it, a large preset asks for a GPU and no more.
+    """
 
     def refuse(option: str, value: object, why: str) -> None:
         parser.error(f"{option} {value}: {why}")
 
-    if given.model_type not in supported:
-        refuse("--model-type", given.model_type, f"not a supported architecture; choose from {known}, or add one with liger_patch.register")
     if given.preset not in PRESETS:
         refuse("--preset", given.preset, f"no such preset; choose from {', '.join(PRESETS)}")
     preset = PRESETS[given.preset]
@@ -66,9 +58,9 @@ def parse(argv: Sequence[str] | None, supported: Collection[str], doc: str | Non
     if preset.gpu_gib is not None:
         small = ", ".join(name for name, other in PRESETS.items() if other.gpu_gib is None)
         need = preset.gib(preset.batch)
-        if device == "cpu":
+        if not torch.cuda.is_available():
             refuse("--preset", preset.name, f"needs a GPU with about {need:.0f} GiB, and torch sees none here; choose from {small}")
-        if need > memory:
+        if memory is not None and need > memory:
             refuse(
                 "--preset",
                 preset.name,
@@ -77,4 +69,29 @@ def parse(argv: Sequence[str] | None, supported: Collection[str], doc: str | Non
     blocking = next((path for path in (given.out, *given.out.parents) if path.exists() and not path.is_dir()), None)
     if blocking is not None:
         refuse("--out", given.out, f"{blocking} is a file; name a folder, which is created if need be")
+    return preset
+
+
+def parse(argv: Sequence[str] | None, supported: Collection[str], doc: str | None) -> Options:
+    """The quickstart's options from `argv` (None: the command line)."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30 if device == "cuda" else 0.0
+    automatic = "1b" if memory > PRESETS["1b"].gib(PRESETS["1b"].batch) else "small"
+
+    parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0], allow_abbrev=False)
+    known = ", ".join(sorted(supported))
+    parser.add_argument("--model-type", default="llama", metavar="TYPE", help=f"architecture: {known} (default: llama)")
+    add_sizes(parser, "quickstart", automatic)
+    parser.add_argument("--compile", action="store_true", help="torch.compile both runs")
+    parser.add_argument(
+        "--baseline-compile",
+        action="store_true",
+        help="also train stock in the other mode (compiled; eager under --compile): how far rounding alone moves the losses",
+    )
+    given = parser.parse_args(argv)
+    if given.model_type not in supported:
+        parser.error(
+            f"--model-type {given.model_type}: not a supported architecture; choose from {known}, or add one with liger_patch.register"
+        )
+    preset = sized(parser, given, memory)
     return Options(given.model_type, preset, device, given.out, given.seed, given.compile, given.baseline_compile)

@@ -15,20 +15,20 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
 import liger_fn
 import liger_patch
 from _corpus import batches, prepare
-from _presets import PRESETS, Preset
+from _model import causal_lm
+from _options import add_sizes, sized
+from _presets import Preset
 from _progress import Display
 
 IGNORED = -100  # the label of a token that is not of the answer
@@ -70,20 +70,9 @@ def pairs(text: Iterator[Tensor], prompt: int, seed: int) -> Iterator[tuple[Tens
         yield ids, ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) < prompt, IGNORED)
 
 
-def build(preset: Preset, device: str) -> LlamaForCausalLM:
-    """The policy, with random weights: yours would come from `from_pretrained`. liger_patch sees to its layers, `log_prob` to its head."""
-    config = LlamaConfig(
-        vocab_size=preset.head,
-        hidden_size=preset.hidden,
-        intermediate_size=preset.mlp,
-        num_hidden_layers=preset.layers,
-        num_attention_heads=preset.heads,
-        num_key_value_heads=preset.kv_heads,
-        max_position_embeddings=preset.seq,
-        tie_word_embeddings=preset.tied,
-    )
-    with torch.device(device):
-        model = LlamaForCausalLM(config).to(preset.dtype).train()
+def build(preset: Preset, device: str) -> PreTrainedModel:
+    """The policy. liger_patch sees to its layers, `log_prob` to its head."""
+    model = causal_lm(preset, device).train()
     liger_patch.auto(model)
     return model
 
@@ -92,20 +81,12 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     """Train, print the figures, and return the losses."""
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--preset", default="1b" if gpu else "tiny", choices=PRESETS, help="size (default here: %(default)s)")
-    parser.add_argument("--steps", type=int, metavar="N", help="training steps, 2 or more (default: the preset's)")
-    parser.add_argument("--batch", type=int, metavar="N", help="preferences in a batch, of two sequences each (default: the preset's)")
+    add_sizes(parser, "dpo", "1b" if gpu else "tiny")
     parser.add_argument("--beta", type=float, default=0.1, metavar="X", help="how dear it is to leave the reference (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the weights and the batches (default: 0)")
-    parser.add_argument("--out", type=Path, default=Path("out/dpo"), metavar="DIR", help="folder of the corpus (default: %(default)s)")
     given = parser.parse_args(argv)
-    if given.steps is not None and given.steps < 2:
-        parser.error(f"--steps {given.steps}: must be 2 or more, since the first warms up and is not timed")
-    if given.batch is not None and given.batch < 1:
-        parser.error(f"--batch {given.batch}: must be 1 or more")
     if not (math.isfinite(given.beta) and given.beta > 0):
         parser.error(f"--beta {given.beta}: must be above 0")
-    preset: Preset = replace(PRESETS[given.preset], **{k: getattr(given, k) for k in ("steps", "batch") if getattr(given, k) is not None})
+    preset = sized(parser, given)
 
     device = "cuda" if gpu else "cpu"
     torch.manual_seed(given.seed)

@@ -31,10 +31,11 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load as read_sharded
 from torch.distributed.checkpoint.state_dict_saver import save as write_sharded
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import liger_patch
 from _corpus import prepare
+from _model import causal_lm
 from _presets import PRESETS, Preset
 from _progress import Display
 
@@ -136,25 +137,6 @@ def processes() -> Iterator[torch.device]:
 # --- model, schedule and text -----------------------------------------------------------------------------------------------------------
 
 
-def build(model_type: str, preset: Preset) -> PreTrainedModel:
-    """A causal LM with random weights."""
-    config = AutoConfig.for_model(
-        model_type,
-        vocab_size=preset.head,
-        hidden_size=preset.hidden,
-        intermediate_size=preset.mlp,
-        num_hidden_layers=preset.layers,
-        num_attention_heads=preset.heads,
-        num_key_value_heads=preset.kv_heads,
-        head_dim=preset.hidden // preset.heads,
-        max_position_embeddings=preset.seq,
-        tie_word_embeddings=preset.tied,
-        attention_dropout=0.0,
-        use_cache=False,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=preset.dtype)
-
-
 def sharded(options: Options, device: torch.device) -> PreTrainedModel:
     """The model: patched, then each layer sharded by itself.
 
@@ -162,8 +144,7 @@ def sharded(options: Options, device: torch.device) -> PreTrainedModel:
     device, shard it, `to_empty(device=device)`, and load the weights with torch.distributed.checkpoint.
     """
     torch.manual_seed(options.seed)
-    with device:
-        model = build(options.model_type, options.preset)
+    model = causal_lm(options.preset, device, options.model_type)
     report = liger_patch.auto(model)  # <- the one line; it could follow fully_shard, but only whole weights can be proved with
     if dist.get_rank() == 0:
         (options.out / "patched.txt").write_text(f"{report}\n", encoding="utf-8")

@@ -14,8 +14,6 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,7 +23,8 @@ from torch import Tensor
 
 import liger_fn
 from _corpus import batches, prepare
-from _presets import PRESETS, Preset
+from _options import add_sizes, sized
+from _presets import Preset
 from _progress import Display
 
 Params = dict[str, Tensor]
@@ -144,20 +143,10 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     """Train, print the figures, and return the losses."""
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--preset", default="small" if gpu else "tiny", choices=PRESETS, help="size (default here: %(default)s)")
-    parser.add_argument("--steps", type=int, metavar="N", help="training steps, 2 or more (default: the preset's)")
-    parser.add_argument("--batch", type=int, metavar="N", help="sequences in a batch (default: the preset's)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the weights and the batches (default: 0)")
+    add_sizes(parser, "functional", "small" if gpu else "tiny")
     parser.add_argument("--compile", action="store_true", help="torch.compile the whole step")
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/functional"), metavar="DIR", help="folder of the corpus (default: %(default)s)"
-    )
     given = parser.parse_args(argv)
-    if given.steps is not None and given.steps < 2:
-        parser.error(f"--steps {given.steps}: must be 2 or more, since the first warms up and is not timed")
-    if given.batch is not None and given.batch < 1:
-        parser.error(f"--batch {given.batch}: must be 1 or more")
-    preset: Preset = replace(PRESETS[given.preset], **{k: getattr(given, k) for k in ("steps", "batch") if getattr(given, k) is not None})
+    preset = sized(parser, given)
 
     device = torch.device("cuda" if gpu else "cpu")
     state = begin(init(preset, torch.Generator(device).manual_seed(given.seed)))

@@ -11,18 +11,19 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import liger_patch
 from _corpus import prepare
-from _presets import PRESETS, Preset
+from _model import causal_lm
+from _options import add_sizes, sized
+from _presets import Preset
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -57,21 +58,10 @@ class Clock(TrainerCallback):
         return (last - first) * self.preset.batch * self.preset.seq / (end - begin)
 
 
-def build(preset: Preset) -> PreTrainedModel:
-    """A Llama with random weights; in your program, `AutoModelForCausalLM.from_pretrained`."""
-    config = AutoConfig.for_model(
-        "llama", vocab_size=preset.head, hidden_size=preset.hidden, intermediate_size=preset.mlp, num_hidden_layers=preset.layers,
-        num_attention_heads=preset.heads, num_key_value_heads=preset.kv_heads, max_position_embeddings=preset.seq,
-        tie_word_embeddings=preset.tied, use_cache=False,
-    )  # fmt: skip
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        return AutoModelForCausalLM.from_config(config, dtype=preset.dtype)
-
-
 def train(preset: Preset, stock: bool, out: Path, seed: int) -> None:
     """Train, and print losses, tokens/s and peak memory."""
     set_seed(seed)
-    model = build(preset)
+    model = causal_lm(preset, "cuda" if torch.cuda.is_available() else "cpu")
     if not stock:
         print(liger_patch.auto(model))  # <- the one line, before the Trainer is made
     arguments = TrainingArguments(
@@ -101,20 +91,10 @@ def peak_mib() -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line, make the corpus, train."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    size = "small" if torch.cuda.is_available() else "tiny"
     parser.add_argument("--stock", action="store_true", help="leave the model as it is")
-    parser.add_argument("--preset", choices=PRESETS, default=size, help=f"size (default here: {size})")
-    parser.add_argument("--steps", type=int, metavar="N", help="training steps, 2 or more (default: the preset's)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the weights and the batches (default: 0)")
-    parser.add_argument("--out", type=Path, default=Path("out/huggingface_trainer"), metavar="DIR", help="folder (default: %(default)s)")
+    add_sizes(parser, "huggingface_trainer", "small" if torch.cuda.is_available() else "tiny")
     given = parser.parse_args(argv)
-    preset: Preset = PRESETS[given.preset]
-    if given.steps is not None:
-        if given.steps < 2:
-            parser.error(f"--steps {given.steps}: must be 2 or more, since the first step is not timed")
-        preset = replace(preset, steps=given.steps, every=1, warmup=1)
-    if preset.gpu_gib is not None and not torch.cuda.is_available():
-        parser.error(f"--preset {preset.name}: needs a GPU with about {preset.gib(preset.batch):.0f} GiB, and torch sees none here")
+    preset = sized(parser, given)
     corpus = prepare(preset, given.out / "corpus")
     print(f"{corpus.tokens:,} tokens of {corpus.files} files of Python's standard library")
     train(preset, given.stock, given.out, given.seed)

@@ -11,7 +11,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,10 @@ from torch.utils.data import DataLoader
 
 import liger_patch
 from _corpus import prepare
-from _presets import PRESETS, Preset
-from huggingface_trainer import Windows, build, peak_mib
+from _model import causal_lm
+from _options import add_sizes, sized
+from _presets import Preset
+from huggingface_trainer import Windows, peak_mib
 
 
 class CausalLM(lightning.LightningModule):
@@ -32,7 +33,7 @@ class CausalLM(lightning.LightningModule):
 
     def __init__(self, preset: Preset, stock: bool = False) -> None:
         super().__init__()
-        self.model, self.preset = build(preset), preset
+        self.model, self.preset = causal_lm(preset, "cuda" if torch.cuda.is_available() else "cpu"), preset
         if not stock:
             self.report = liger_patch.auto(self.model)  # <- the one line; a checkpoint is loaded into it like into any model
         self.losses: list[float] = []
@@ -86,20 +87,10 @@ def train(preset: Preset, stock: bool, out: Path, seed: int) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line, make the corpus, train."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    size = "small" if torch.cuda.is_available() else "tiny"
     parser.add_argument("--stock", action="store_true", help="leave the model as it is")
-    parser.add_argument("--preset", choices=PRESETS, default=size, help=f"size (default here: {size})")
-    parser.add_argument("--steps", type=int, metavar="N", help="training steps, 2 or more (default: the preset's)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the weights (default: 0)")
-    parser.add_argument("--out", type=Path, default=Path("out/lightning_module"), metavar="DIR", help="folder (default: %(default)s)")
+    add_sizes(parser, "lightning_module", "small" if torch.cuda.is_available() else "tiny")
     given = parser.parse_args(argv)
-    preset: Preset = PRESETS[given.preset]
-    if given.steps is not None:
-        if given.steps < 2:
-            parser.error(f"--steps {given.steps}: must be 2 or more, since the first step is not timed")
-        preset = replace(preset, steps=given.steps)
-    if preset.gpu_gib is not None and not torch.cuda.is_available():
-        parser.error(f"--preset {preset.name}: needs a GPU with about {preset.gib(preset.batch):.0f} GiB, and torch sees none here")
+    preset = sized(parser, given)
     corpus = prepare(preset, given.out / "corpus")
     print(f"{corpus.tokens:,} tokens of {corpus.files} files of Python's standard library")
     train(preset, given.stock, given.out, given.seed)

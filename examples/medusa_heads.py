@@ -13,19 +13,19 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaModel
 
 import liger_fn
 import liger_patch
 from _corpus import batches, prepare
-from _presets import PRESETS, Preset
+from _model import config_of
+from _options import add_sizes, sized
+from _presets import Preset
 from _progress import Display
 
 IGNORED = -100  # the target of a position whose token lies beyond the sequence
@@ -80,17 +80,8 @@ def medusa_loss(heads: nn.ModuleList, x: Tensor, ids: Tensor, loss: Loss) -> tup
 
 def build(preset: Preset, count: int, device: str) -> tuple[LlamaModel, nn.ModuleList]:
     """A frozen trunk with random weights, where yours would come from `from_pretrained`, and new heads."""
-    config = LlamaConfig(
-        vocab_size=preset.head,
-        hidden_size=preset.hidden,
-        intermediate_size=preset.mlp,
-        num_hidden_layers=preset.layers,
-        num_attention_heads=preset.heads,
-        num_key_value_heads=preset.kv_heads,
-        max_position_embeddings=preset.seq,
-    )
     with torch.device(device):
-        trunk = LlamaModel(config).to(preset.dtype).requires_grad_(False).eval()
+        trunk = LlamaModel(config_of(preset)).to(preset.dtype).requires_grad_(False).eval()
         heads = nn.ModuleList(Head(trunk.embed_tokens.weight) for _ in range(count))
     liger_patch.auto(trunk)
     return trunk, heads
@@ -102,17 +93,11 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--loss", default="fused", choices=LOSSES, help="how a head's loss is made (default: %(default)s)")
     parser.add_argument("--heads", type=int, default=5, metavar="N", help="heads (default: %(default)s)")
-    parser.add_argument("--preset", default="1b" if gpu else "tiny", choices=PRESETS, help="size (default here: %(default)s)")
-    parser.add_argument("--steps", type=int, metavar="N", help="training steps, 2 or more (default: the preset's)")
-    parser.add_argument("--batch", type=int, metavar="N", help="sequences in a batch (default: the preset's)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the weights and the batches (default: 0)")
-    parser.add_argument("--out", type=Path, default=Path("out/medusa"), metavar="DIR", help="folder of the corpus (default: %(default)s)")
+    add_sizes(parser, "medusa", "1b" if gpu else "tiny")
     given = parser.parse_args(argv)
-    for option, least in (("heads", 1), ("steps", 2), ("batch", 1)):
-        value = getattr(given, option)
-        if value is not None and value < least:
-            parser.error(f"--{option} {value}: must be {least} or more")
-    preset: Preset = replace(PRESETS[given.preset], **{k: getattr(given, k) for k in ("steps", "batch") if getattr(given, k) is not None})
+    if given.heads < 1:
+        parser.error(f"--heads {given.heads}: must be 1 or more")
+    preset = sized(parser, given)
 
     device = "cuda" if gpu else "cpu"
     torch.manual_seed(given.seed)

@@ -12,44 +12,24 @@ from collections.abc import Sequence
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 import _figure
 import _report
 import liger_patch
 from _corpus import SEPARATOR, batches, load_tokenizer, prepare
+from _model import causal_lm
 from _options import Options, parse
-from _presets import Preset
 from _progress import Display
 from _runs import Meter, Run, RunFailed, execute
 
 PROMPT = "def"
 
 
-def build(model_type: str, preset: Preset, device: str) -> PreTrainedModel:
-    """A causal LM with random weights."""
-    config = AutoConfig.for_model(
-        model_type,
-        vocab_size=preset.head,
-        hidden_size=preset.hidden,
-        intermediate_size=preset.mlp,
-        num_hidden_layers=preset.layers,
-        num_attention_heads=preset.heads,
-        num_key_value_heads=preset.kv_heads,
-        head_dim=preset.hidden // preset.heads,
-        max_position_embeddings=preset.seq,
-        tie_word_embeddings=preset.tied,
-        attention_dropout=0.0,
-        use_cache=False,
-    )
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=preset.dtype)
-
-
 def train(run: Run, meter: Meter) -> None:
     """Build, train and, when patched, write a few lines. Runs in a process of its own."""
     torch.manual_seed(run.seed)
-    model = build(run.model_type, run.preset, run.device)
+    model = causal_lm(run.preset, run.device, run.model_type)
     if run.patched:
         meter.result.report = str(liger_patch.auto(model))  # <- the one line
     forward = torch.compile(model) if run.compiled else model

@@ -153,9 +153,10 @@ class HeadForward(Forward):
     def run(self, module: Any, hidden_states: Tensor) -> Any:
         request = self.requests[-1] if self.requests else None
         weight, bias = module.weight, module.bias
+        # ZeRO-3 has the weight whole in this call alone, and has to be told when backward wants it again.
+        partitioned, gather = hasattr(weight, "ds_id"), gathering(module)
         # Backward hooks of this module want the gradient of logits, so there must be logits.
-        swapped_out, gather = hasattr(weight, "ds_id"), gathering(module)
-        if request is None or has_backward_hooks(module) or (swapped_out and gather is None):
+        if request is None or has_backward_hooks(module) or (partitioned and gather is None):
             return self.stock(module, hidden_states)
         if multiplies_itself(weight):
             mine = split(hidden_states, weight, bias, replicated=bool(self.before) and by_transformers(module, self.before[0]))
@@ -164,7 +165,7 @@ class HeadForward(Forward):
             loss = self._loss(request, liger_fn.vocab_parallel_linear_cross_entropy, mine.x, mine.weight, mine.bias, **mine.options())
             return mine.carrier(loss, self, hidden_states, weight, bias, request)
         loss = self._loss(request, liger_fn.linear_cross_entropy, hidden_states, weight, bias)
-        if swapped_out:
+        if partitioned:
             loss = gather.apply(loss)
         return FusedLogits(loss, Source(self, hidden_states, weight, bias, request))
 

@@ -111,6 +111,15 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def no_accelerator_is_left() -> Iterator[None]:
+    """Accelerate keeps a process's settings, and refuses others in a later test."""
+    yield
+    if (state := sys.modules.get("accelerate.state")) is not None and state.PartialState._shared_state:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
+
+
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     """Compile from nothing: no graph, guard or counter of an earlier test is left."""

@@ -152,7 +152,7 @@ def mixed_precision_is_as_near_to_fp32_as_stock(on: Rank) -> None:
     off = torch.linalg.vector_norm(a - exact)
     assert 0 < off < 0.1 * torch.linalg.vector_norm(exact - start)
     assert torch.linalg.vector_norm(b - exact) <= 1.1 * off
-    torch.testing.assert_close(mine.losses, theirs.losses, rtol=2**-9, atol=0)  # half an epsilon of bf16
+    torch.testing.assert_close(mine.losses, theirs.losses, rtol=2**-9, atol=0)  # half a rounding of bf16, in means of many
 
 
 def flat(named: Named) -> Tensor:

@@ -64,7 +64,7 @@ def test_the_command_line(name, tmp_path, capsys):
 
 def test_stock_is_the_same_but_for_the_patch(tmp_path, capsys, monkeypatch):
     example = importlib.import_module("huggingface_trainer")
-    monkeypatch.setitem(example.PRESETS, "tiny", replace(PRESETS["tiny"], corpus=50_000))
+    monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], corpus=50_000))
     runs = {}
     for name, switch in (("patched", []), ("stock", ["--stock"])):
         with liger_fn.use_backend("reference"):

@@ -1,25 +1,3 @@
-from collections.abc import Iterator
+from tests.tiny_models import one_thread, reference_backend
 
-import pytest
-import torch
-
-import liger_fn
-
-
-@pytest.fixture(autouse=True)
-def reference_backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What is tested here is the patching, so the functions run as plain PyTorch, unless a test names its backends."""
-    if "backend" in request.fixturenames:
-        yield
-    else:
-        with liger_fn.use_backend("reference"):
-            yield
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they bring on tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+__all__ = ["one_thread", "reference_backend"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,14 +15,6 @@ from tests.liger_patch.models import llama
 from .runs import LOSS, rows, same
 
 accelerate = pytest.importorskip("accelerate")
-
-
-@pytest.fixture(autouse=True)
-def forgotten() -> Iterator[None]:
-    """An Accelerator's settings are the process's."""
-    yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
 
 
 def train(model: nn.Module, precision: str, when: str, every: int = 2, epochs: int = 2) -> tuple[list[float], list[float]]:
@@ -47,7 +38,6 @@ def train(model: nn.Module, precision: str, when: str, every: int = 2, epochs: i
                 optimizer.step()
                 optimizer.zero_grad()
             losses.append(loss.item())
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     return losses, norms
 
 
