@@ -82,7 +82,7 @@ class CausalLMForward(Forward):
     def __init__(self, module: nn.Module, head: HeadForward, spec: Head) -> None:
         super().__init__(module)
         self.head, self.spec = head, spec
-        self.labels_at = list(inspect.signature(self.__self__.forward).parameters).index("labels")
+        self.labels_at = list(inspect.signature(module.forward).parameters).index("labels")
         # torch's compiler makes a node of F.tanh whatever it is called with, where other functions ask their arguments (torch.tanh does).
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
         self.traceable = code is None or not {"functional", "tanh"} <= {*code.co_names}

@@ -74,7 +74,7 @@ class MaskForward(Viewed):
     def __init__(self, module: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__(module)
         self.names = names
-        parameters = list(inspect.signature(self.__self__.forward).parameters)
+        parameters = list(inspect.signature(module.forward).parameters)
         self.at = tuple((name, parameters.index(name)) for name in ("attention_mask", "position_ids") if name in parameters)
         self._forward = self._bound()
 

@@ -18,6 +18,7 @@ from ._errors import PatchError
 from ._sharded_head import is_sharded
 
 RECORD = "_liger_patch"  # where a patched model notes its swaps
+SWAP = "_liger_forward"  # where a module has the swap of its forward
 
 
 class Swap:
@@ -70,14 +71,40 @@ class Swap:
 
 
 class Forward(Swap):
-    """A module's forward, for this instance. Looks like a bound method to whoever inspects, wraps or rebinds it."""
+    """A module's forward, for this instance.
 
-    __slots__ = ()
+    What stands in the module is a method of the swap, and not the swap: compilers compare methods by their code, objects by their identity,
+    so that what was compiled of one layer serves the others.
+    """
+
+    __slots__ = ("forward",)
 
     slot_name = "forward"
+    forward: MethodType  # what stands in the module; a method is pickled by the name that its object has for it
     kind: str  # what of a module it replaces: at most one swap of a kind
     sharded = False  # whether it takes inputs that are split over devices
-    __name__ = "forward"
+
+    def __new__(cls, module: nn.Module | type[nn.Module], *_: Any) -> Forward:
+        self: Forward = super().__new__(cls)
+        self.forward = MethodType(_method(module if isinstance(module, type) else type(module)), self)
+        return self
+
+    def __getnewargs__(self) -> tuple[type[nn.Module]]:
+        return (type(self.module),)  # which a copy has before it has its module
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        del state["forward"]
+        return state
+
+    def install(self) -> None:
+        self.module.__dict__[_slot(self.module, self.slot_name)] = self.forward
+        self.module.__dict__[SWAP] = self
+
+    def remove(self) -> None:
+        super().remove()
+        if self.module.__dict__.get(SWAP) is self:
+            del self.module.__dict__[SWAP]
 
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
@@ -92,22 +119,19 @@ class Forward(Swap):
             return self.stock(module, *args, **kwargs)
         return self.run(module, *args, **kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.entered(self.module, *args, **kwargs)
 
-    # Libraries that wrap a forward take it apart by these two and bind the pieces again, perhaps to a shallow copy of the module.
-    @property
-    def __self__(self) -> nn.Module:
-        return self.module
+def _method(owner: type[nn.Module]) -> Callable[..., Any]:
+    """The function of a forward's method, with the signature of the class's: trainers and generate() learn from it what a model accepts."""
 
-    @property
-    def __func__(self) -> Callable[..., Any]:
-        return self.entered
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, Forward):
+            return self.entered(self.module, *args, **kwargs)
+        # Libraries that wrap a forward bind its function anew, to the module or to a shallow copy of it.
+        return self.__dict__[SWAP].entered(self, *args, **kwargs)
 
-    # Trainers and generate() read the signature to learn what a model accepts.
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(MethodType(type(self.module).forward, self.module))
+    forward.__doc__ = owner.forward.__doc__
+    forward.__signature__ = inspect.signature(owner.forward)  # type: ignore[attr-defined]
+    return forward
 
 
 class Viewed(Forward):
@@ -145,12 +169,13 @@ class Alone(Swap):
 def installed(module: nn.Module, slot_name: str) -> Swap | None:
     """The swap that a module calls in this slot, if it is one of ours."""
     value = module.__dict__.get(_slot(module, slot_name))
-    # Bound anew from its pieces (see Forward.__func__), a swap is the `self` of its own `entered`.
-    value = getattr(getattr(value, "__func__", None), "__self__", value)
+    if isinstance(value, MethodType) and getattr(value.__func__, "__code__", None) is _CODE:
+        value = value.__self__ if isinstance(value.__self__, Swap) else module.__dict__.get(SWAP)
     return value if isinstance(value, Swap) else None
 
 
 SLOTS = ("forward", "_loss_function", Alone.slot_name)
+_CODE = _method(nn.Module).__code__  # of every function that `_method` makes
 
 
 def swaps(root: nn.Module) -> Iterator[Swap]:

@@ -109,7 +109,7 @@ def test_a_swap_under_an_accelerate_hook_is_replaced_and_undone():
     liger_patch.auto(model)
     assert not isinstance(model(ids, labels=ids).logits, torch.Tensor)
     liger_patch.revert(model)
-    assert not hasattr(model._old_forward, "slot")
+    assert model._old_forward.__self__ is model  # the class's forward, and no swap
     torch.testing.assert_close(model(ids, labels=ids).logits, expected)
     hooks.remove_hook_from_module(model)
     torch.testing.assert_close(model(ids).logits, expected)
@@ -147,8 +147,8 @@ def test_copies_stay_patched_and_are_their_own(copied):
     for original, twin in zip(model.modules(), other.modules(), strict=True):
         if "forward" in original.__dict__:
             assert twin.forward is not original.forward
-            assert twin.forward.module is twin
-    assert other.forward.head is other.lm_head.forward
+            assert twin.forward.__self__.module is twin
+    assert other.forward.__self__.head is other.lm_head.forward.__self__
 
     with torch.no_grad():
         other.lm_head.weight.add_(0.1 * torch.randn_like(other.lm_head.weight))
@@ -170,14 +170,14 @@ def test_no_labels_travel_with_a_copy():
     copies = []
     model.model.norm.register_forward_hook(lambda *_: copies.append(copy.deepcopy(model.lm_head)))
     model(ids, labels=ids)
-    assert model.lm_head.forward.requests == []
-    assert copies[0].forward.requests == []
+    assert model.lm_head.forward.__self__.requests == []
+    assert copies[0].forward.__self__.requests == []
     assert type(copies[0](torch.randn(1, 32))) is torch.Tensor
 
 
 def test_a_copy_of_the_head_is_a_head_and_not_a_model():
     head = copy.deepcopy(patched_llama().lm_head)
-    assert head.forward.module is head
+    assert head.forward.__self__.module is head
     assert len(pickle.dumps(head)) < 3 * head.weight.nbytes
 
 
