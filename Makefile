@@ -11,6 +11,7 @@ BENCH_ARGS ?=
 TRAIN_ARGS ?=
 CONVERGENCE_ARGS ?=
 CARDS_ARGS ?=
+DISTRIBUTED_ARGS ?=
 DEMO_ARGS ?=
 
 ifeq ($(strip $(VENV)),)
@@ -23,7 +24,7 @@ endif
 HAS_GPU := $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest check bench bench-train bench-report convergence cards clean
+.PHONY: help demo test test-oldest check bench bench-train bench-distributed bench-report convergence cards scaling clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z-]*\): .*## /make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -59,6 +60,9 @@ bench: $(READY) ## time the functions against their peers on a GPU, into tests/b
 bench-train: $(READY) ## time whole training steps against stock, torch.compile and liger-kernel on a GPU; without one, only try the harness
 	@$(PY) -m tests.bench.training $(TRAIN_ARGS)
 
+bench-distributed: $(READY) ## time training steps of Llama 8B on every GPU of this host; without one, only try the harness
+	@$(PY) -m tests.bench.distributed $(DISTRIBUTED_ARGS)
+
 bench-report: $(READY) ## make docs/benchmarks.md and its figures from all of tests/bench/results
 	@$(PY) -m tests.bench.report
 
@@ -68,6 +72,10 @@ convergence: $(READY) ## train a model of each family on real text, stock and pa
 
 cards: $(READY) ## measure every function's error against fp64; on a GPU, into docs/numerics.md (CARDS_ARGS="--ops rope" for some)
 	@$(PY) -m tests.cards $(CARDS_ARGS)
+
+scaling: $(READY) ## measure what a training step is made of on a GPU, and work out docs/scaling.md from it
+	@$(PY) -m tests.scaling measure
+	@$(PY) -m tests.scaling report
 
 clean: ## remove the environment, caches and what the demo wrote
 	@if [ -n "$(VENV)" ] && [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi

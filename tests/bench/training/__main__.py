@@ -20,7 +20,8 @@ from .models import BY_KEY, PROVIDERS, Model
 from .step import Step, answer
 
 
-def _names(known: Sequence[str], given: str) -> tuple[str, ...]:
+def names(known: Sequence[str], given: str) -> tuple[str, ...]:
+    """An option of several names; argparse says which is none."""
     chosen = tuple(name.strip() for name in given.split(","))
     wrong = [name for name in chosen if name not in known]
     if wrong:
@@ -57,8 +58,8 @@ def line(row: Step) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure every row that was asked for; what was measured is on disk after each."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.training", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--models", type=lambda s: _names(tuple(BY_KEY), s), default=tuple(BY_KEY), help=", ".join(BY_KEY))
-    parser.add_argument("--providers", type=lambda s: _names(PROVIDERS, s), default=PROVIDERS, help=", ".join(PROVIDERS))
+    parser.add_argument("--models", type=lambda s: names(tuple(BY_KEY), s), default=tuple(BY_KEY), help=", ".join(BY_KEY))
+    parser.add_argument("--providers", type=lambda s: names(PROVIDERS, s), default=PROVIDERS, help=", ".join(PROVIDERS))
     parser.add_argument("--out", type=Path, help="where the JSON goes (default: tests/bench/results/training; without a GPU a new folder)")
     options = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 160)

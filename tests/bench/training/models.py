@@ -58,12 +58,14 @@ class Model:
         with device:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         if self.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # Earlier releases of transformers know it by its second name alone.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         return model.train()
 
-    def tokens(self, device: torch.device) -> torch.Tensor:
+    def tokens(self, device: torch.device, seed: int = 1) -> torch.Tensor:
         """One batch of random tokens."""
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(seed)
         return torch.randint(0, self.sizes["vocab_size"], (self.batch, self.seq), generator=generator).to(device)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .bars import MEMORY, OF_BEST, SAME_LOSS, verdicts
 from .models import LIGER, OURS, OURS_COMPILE, PROVIDERS, STOCK
@@ -11,7 +12,7 @@ from .profile import NAMES, shares
 from .step import TIMED, WARM, Step
 from .store import FOLDER, Steps, load
 
-Load = dict[str, Steps]
+Load = dict[str, Steps[Step]]
 
 HEAD = f"""# Training steps
 
@@ -39,11 +40,11 @@ def page(found: Load) -> str:
     return "\n".join([HEAD, *(_section(stem, found[stem]) for stem in newest)])
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)) + "\n"
 
 
-def _section(stem: str, steps: Steps) -> str:
+def _section(stem: str, steps: Steps[Step]) -> str:
     m = steps.machine
     versions = ", ".join(f"{k} {v}" for k, v in m.items() if k != "device")
     found = [v for v in verdicts(steps.rows) if v.met is not None]
@@ -56,9 +57,9 @@ def _section(stem: str, steps: Steps) -> str:
             f"## {m['device']}, torch {m['torch']}, transformers {m['transformers']}, {m['date']}\n",
             f"{m['device']}, {versions} ([JSON](../tests/bench/results/training/{stem}.json)).\n",
             f"![tokens/s and peak memory of each model](figures/training-{stem}.png)\n",
-            _table(("model", "batch", "provider", "tokens/s", "÷ liger-kernel", "peak, GiB", "first losses"), _speed(steps.rows)),
+            table(("model", "batch", "provider", "tokens/s", "÷ liger-kernel", "peak, GiB", "first losses"), _speed(steps.rows)),
             f"{sum(v.met is True for v in found)} of {len(found)} bars are met.\n",
-            _table(("model", "batch", "what", "bar", "measured", "met?"), cells),
+            table(("model", "batch", "what", "bar", "measured", "met?"), cells),
             _profile(steps.rows),
         ]
     )
@@ -106,34 +107,42 @@ def _profile(rows: Sequence[Step]) -> str:
 Milliseconds of device time in one step by kind of kernel, and their share. Stock norms, rotary embeddings and gated units are elementwise
 kernels, and count as such. What no patch of such operations can win is matrix products, attention and the optimizer; the rest is left.
 """
-    return f"{said}\n{_table(('model', 'batch', 'provider', 'all', *kinds), cells)}"
+    return f"{said}\n{table(('model', 'batch', 'provider', 'all', *kinds), cells)}"
 
 
-def draw(stem: str, steps: Steps, path: Path) -> None:
+def draw(stem: str, steps: Steps[Step], path: Path) -> None:
     """Tokens/s and peak memory, a group of bars for each model."""
+    every = {f"{g[0].model}\n{g[0].shape}": g for g in groups(steps.rows)}
+    panels = {"thousand tokens/s": lambda r: r.tokens_per_s and r.tokens_per_s / 1e3, "peak GiB": lambda r: r.peak_gib}
+    title = f"{steps.machine['device']}: where a bar is missing, it ran out of memory or was not measured"
+    draw_groups(every, panels, title, path)
+
+
+def draw_groups(every: Mapping[str, Sequence[Any]], panels: Mapping[str, Callable[[Any], float | None]], title: str, path: Path) -> None:
+    """A panel for each figure of a row; in it a group of bars for each label, one for each provider that has any."""
     import matplotlib
 
     matplotlib.use("Agg")  # draws to a file on machines without a display
     from matplotlib import pyplot as plt
 
-    every = groups(steps.rows)
-    labels = [f"{g[0].model}\n{g[0].shape}" for g in every]
-    names = [p for p in PROVIDERS if any(r.provider == p and r.tokens_per_s for r in steps.rows)]
+    labels = list(every)
+    names = [p for p in PROVIDERS if any(r.provider == p and r.tokens_per_s for g in every.values() for r in g)]
+    height = 0.8 / max(1, len(names))
     colours = dict(zip(PROVIDERS, ("#c9ccd1", "#8a8f98", "#9fce8a", "#6aa84f", "#f2a541", "#e4572e"), strict=True))
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
     with plt.rc_context(style):
-        figure, grid = plt.subplots(1, 2, figsize=(11, 1.2 + 0.75 * len(labels)), sharey=True, layout="constrained", dpi=110)
-        for axes, title, what in zip(grid, ("thousand tokens/s", "peak GiB"), ("tokens_per_s", "peak_gib"), strict=True):
+        size = (11, 1.2 + 0.75 * len(labels))
+        figure, grid = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained", dpi=110)
+        for axes, (unit, value) in zip(grid[0], panels.items(), strict=True):
             for i, name in enumerate(names):
-                found = [(j, getattr(r, what)) for j, g in enumerate(every) for r in g if r.provider == name and getattr(r, what)]
-                height = 0.8 / len(names)
-                lengths = [v / 1e3 if what == "tokens_per_s" else v for _, v in found]
-                axes.barh([j + (i + 0.5) * height - 0.4 for j, _ in found], lengths, height * 0.9, color=colours[name], label=name)
-            axes.set_title(title)
+                found = [(j, v) for j, g in enumerate(every.values()) for r in g if r.provider == name and (v := value(r))]
+                places = [j + (i + 0.5) * height - 0.4 for j, _ in found]
+                axes.barh(places, [v for _, v in found], height * 0.9, color=colours[name], label=name)
+            axes.set_title(unit)
             axes.set_yticks(range(len(labels)), labels)
             axes.set_ylim(len(labels) - 0.5, -0.5)
-        handles, shown = grid[0].get_legend_handles_labels()
+        handles, shown = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, shown, loc="outside lower center", ncols=3, frameon=False)
-        figure.suptitle(f"{steps.machine['device']}: where a bar is missing, it ran out of memory or was not measured", x=0.01, ha="left")
+        figure.suptitle(title, x=0.01, ha="left")
         figure.savefig(path)
         plt.close(figure)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 import traceback
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from statistics import median
@@ -20,6 +22,8 @@ from .models import COMPILED, LIGER, LIGER_COMPILE, OURS, OURS_COMPILE, Model
 
 GIB = 2**30
 WARM, TIMED = 3, 10  # steps that are not timed, and steps that are
+LR = 1e-4
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True)
@@ -56,27 +60,32 @@ def provide(provider: str, model: PreTrainedModel) -> tuple[Any, int]:
     return (torch.compile(model) if provider in COMPILED else model), patched
 
 
-def measure(model: Model, provider: str, device: torch.device) -> Step:
-    """Train some steps on one batch."""
-    network = model.build(device)
-    forward, patched = provide(provider, network)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
-    ids = model.tokens(device)
+def trainer(forward: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """What one step is: it returns its loss, and makes the host wait for nothing."""
 
     def step() -> torch.Tensor:
-        loss = forward(input_ids=ids, labels=ids).loss
+        loss: torch.Tensor = forward(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()
 
+    return step
+
+
+def measure(model: Model, provider: str, device: torch.device) -> Step:
+    """Train some steps on one batch."""
+    network = model.build(device)
+    forward, patched = provide(provider, network)
+    ids = model.tokens(device)
+    step = trainer(forward, torch.optim.AdamW(network.parameters(), lr=LR, fused=True), ids)
     start = time.perf_counter()
     losses = [step().item()]
     first = time.perf_counter() - start
     losses += [step().item() for _ in range(WARM - 1)]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    ms = median(_milliseconds(step, device))
+    ms = median(milliseconds(step, device))
     peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
     return Step(
         model.name, model.shape, provider, tokens_per_s=ids.numel() / ms * 1e3, step_ms=ms, peak_gib=peak, first_s=first,
@@ -85,7 +94,7 @@ def measure(model: Model, provider: str, device: torch.device) -> Step:
     )  # fmt: skip
 
 
-def _milliseconds(step: Any, device: torch.device) -> list[float]:
+def milliseconds(step: Callable[[], Any], device: torch.device, timed: int = TIMED) -> list[float]:
     """Of each step: between events on the device, the host ahead of it where it can be."""
     if device.type != "cuda":
         marks = [time.perf_counter()]
@@ -93,7 +102,7 @@ def _milliseconds(step: Any, device: torch.device) -> list[float]:
             step()
             marks.append(time.perf_counter())
         return [1e3 * (b - a) for a, b in itertools.pairwise(marks)]
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED + 1)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(timed + 1)]
     events[0].record()
     for event in events[1:]:
         step()
@@ -102,7 +111,7 @@ def _milliseconds(step: Any, device: torch.device) -> list[float]:
     return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
 
-def kernels(step: Any) -> dict[str, float]:
+def kernels(step: Callable[[], Any]) -> dict[str, float]:
     """Device time of each kernel in one step, the longest first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         step()
@@ -114,15 +123,21 @@ def kernels(step: Any) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
+def noted(error: Exception) -> str:
+    """A row's note on what ended it; the whole of a fault goes to stderr."""
+    said = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or re.search("(?i)out of memory|ALLOC_FAILED", said):  # cuBLAS, NCCL and Triton say it so
+        return OUT_OF_MEMORY
+    traceback.print_exception(error)
+    return f"failed: {type(error).__name__}: {(said.strip().splitlines() or [''])[0]}"[:200]
+
+
 def answer(model: Model, provider: str, pipe: Connection) -> None:
     """`measure` in a process of its own: what was measured, or why it could not be, goes into `pipe`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     failed = Step(model.name, model.shape, provider, checkpointing=model.checkpointing)
     try:
         row = measure(model if device.type == "cuda" else model.tiny(), provider, device)
-    except torch.OutOfMemoryError:
-        row = replace(failed, note="out of memory")
     except Exception as error:
-        traceback.print_exc()
-        row = replace(failed, note=f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200])
+        row = replace(failed, note=noted(error))
     pipe.send(row)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -17,14 +17,24 @@ SOURCES = ("liger_fn/*.py", "liger_patch/**/*.py", "tests/bench/training/*.py")
 LEAST_MS = 0.005  # a kernel below is no share of a step
 
 
+class Keyed(Protocol):
+    """A row: a dataclass that knows what it is the figures of."""
+
+    @property
+    def key(self) -> tuple[Any, ...]: ...
+
+
+Row = TypeVar("Row", bound=Keyed)
+
+
 @dataclass(frozen=True)
-class Steps:
+class Steps(Generic[Row]):
     """One run, or several on the same machine, day and sources."""
 
     machine: dict[str, str]
-    rows: list[Step] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
 
-    def with_row(self, row: Step) -> Steps:
+    def with_row(self, row: Row) -> Steps[Row]:
         """With one more; what was measured again replaces what was there."""
         return Steps(self.machine, [r for r in self.rows if r.key != row.key] + [row])
 
@@ -34,12 +44,12 @@ def machine(device: torch.device) -> dict[str, str]:
     return results.machine(device, SOURCES, ("triton", "liger-kernel", "transformers"))
 
 
-def save(steps: Steps, folder: Path) -> Path:
+def save(steps: Steps[Any], folder: Path, kind: type[Any] = Step) -> Path:
     """Write `<gpu>-<torch>-<date>.json`. A file of the same machine, day and sources is added to; of others, it is left as it is."""
     m = steps.machine
-    path = results.place(folder, m, lambda kept: load(kept).machine == m)
+    path = results.place(folder, m, lambda kept: load(kept, kind).machine == m)
     if path.exists():
-        later, steps = steps.rows, load(path)
+        later, steps = steps.rows, load(path, kind)
         for row in later:
             steps = steps.with_row(row)
     rows = ",\n  ".join(json.dumps(_written(r)) for r in steps.rows)
@@ -47,16 +57,18 @@ def save(steps: Steps, folder: Path) -> Path:
     return path
 
 
-def _written(row: Step) -> dict[str, Any]:
+def _written(row: Any) -> dict[str, Any]:
     """A thousandth of a millisecond is finer than any clock here; a kernel's whole name says nothing more than its beginning."""
-    kernels: dict[str, float] = {}
-    for name, ms in row.kernels_ms.items():
-        kernels[name[:90]] = kernels.get(name[:90], 0.0) + ms
-    raw = asdict(row) | {"kernels_ms": {k: round(v, 3) for k, v in kernels.items() if v >= LEAST_MS}}
+    raw = asdict(row)
+    if "kernels_ms" in raw:
+        kernels: dict[str, float] = {}
+        for name, ms in raw["kernels_ms"].items():
+            kernels[name[:90]] = kernels.get(name[:90], 0.0) + ms
+        raw["kernels_ms"] = {k: round(v, 3) for k, v in kernels.items() if v >= LEAST_MS}
     return {k: round(v, 3) if isinstance(v, float) else v for k, v in raw.items()}
 
 
-def load(path: Path) -> Steps:
-    """What `save` wrote."""
+def load(path: Path, kind: type[Any] = Step) -> Steps[Any]:
+    """What `save` wrote of rows of that kind."""
     raw = json.loads(path.read_text())
-    return Steps(raw["machine"], [Step(**row | {"losses": tuple(row["losses"])}) for row in raw["rows"]])
+    return Steps(raw["machine"], [kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}) for row in raw["rows"]])
