@@ -13,12 +13,13 @@ of a whole chunk is added at a time, and the sum rounded once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _check, _head_kernels
+from . import _check, _head_kernels, _memory
 from ._check import wide_dtype
 from ._kept_rows import Chunk, Kept, cut, kept
 from ._launch import cdiv
@@ -250,16 +251,21 @@ def late(weight: Tensor) -> bool:
 
 
 def scaled(
-    made: tuple[Tensor | None, ...], dtype: torch.dtype, factor: Tensor, needs: Needs, donate: bool, scale: Callable[..., None]
+    op: str, made: tuple[Tensor | None, ...], dtype: torch.dtype, factor: Tensor, needs: Needs, donate: bool, scale: Callable[..., None]
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The gradients that forward made, times a factor, in `dtype`; in their own memory where nobody will read it again."""
-    grads: list[Tensor | None] = []
-    for t, need in zip(made, needs, strict=True):
-        out = None
-        if need and t is not None:
-            out = t if donate and t.dtype is dtype else torch.empty_like(t, dtype=dtype)
-            scale(t, factor, out)
-        grads.append(out)
+    """The gradients that forward made, times a factor, in `dtype`; in their own memory where nobody will read it again.
+
+    What takes most memory comes first: where there is too little, no gradient has been written over, and the backward can be run again.
+    """
+    wanted = [t if need else None for t, need in zip(made, needs, strict=True)]
+    try:
+        grads = [t if t is None or (donate and t.dtype is dtype) else torch.empty_like(t, dtype=dtype) for t in wanted]
+        for t, out in sorted(zip(wanted, grads, strict=True), key=lambda pair: -1 if pair[0] is None else pair[0].numel(), reverse=True):
+            if t is not None:
+                scale(t, factor, out)
+    except torch.OutOfMemoryError as error:
+        _memory.explain_scaling(error, op, made)
+        raise
     return tuple(grads)
 
 
@@ -298,6 +304,7 @@ def settle(head: Head, keep: Kept, accumulate: str, memory_budget: int, wanted: 
 
 
 def walk(
+    op: str,
     head: Head,
     target: Tensor,
     ignore_index: int,
@@ -313,22 +320,37 @@ def walk(
     """Call `turn` with the logits of every row that counts, and make of what it leaves in them the gradients that `needs` names.
 
     Args:
+        op: the public function, of which an error speaks.
         target: `[N]`. turn: see `Turn`; with a `Part`, only after it has seen the same rows whole, or where that is long done.
         forward: `turn` must see every row whole, wanted gradients or not; a gradient of fp16 is then unscaled, and returned in fp32.
         fused: takes the turn's place where a forward makes no gradients, or exact ones.
         found: what `turn` writes to, `[..., N]`, which is made 0 in the rows that it will not see.
     """
-    weight, bias = head.weight, head.bias
-    some = memory_budget or default_budget(weight)
+    weight, some = head.weight, memory_budget or default_budget(head.weight)
     keep = kept(target, ignore_index, fit(head, None, some))
     if keep.index is not None:
         blank(found, target == ignore_index)
     how, rows = settle(head, keep, accumulate, memory_budget, needs[1])
-    exact = how == "exact" and needs[1]
-    whole = exact and 4 * keep.count * weight.shape[1] <= DX_SUM  # dx as a sum over classes saves two passes over the logits
-    direct = fused is not None and not any(needs)
+    whole = how == "exact" and needs[1] and 4 * keep.count * weight.shape[1] <= DX_SUM  # dx as a sum over classes saves two passes
+    try:
+        return _walked(head, keep, how, rows, some, whole, turn, needs, forward, fused)
+    except torch.OutOfMemoryError as error:
+        row, dx = weight.shape[0] * weight.element_size(), whole and needs[0]
+        logits = 0 if fused is not None and (whole or not any(needs)) else min(rows, keep.count) * row
+        if how == "exact" and needs[1]:
+            logits = max(logits, prod(sliced(head, keep.count, some, dx=dx)) * weight.element_size())
+        _memory.explain(error, _memory.Pass(op, head, needs, forward, how, logits, row, 4 * keep.count * weight.shape[1] * dx))
+        raise
+
+
+def _walked(
+    head: Head, keep: Kept, how: str, rows: int, some: int, whole: bool, turn: Turn, needs: Needs, forward: bool, fused: Fused | None
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """`walk`, once its ways are chosen: `some` bytes of logits at a time, dx `whole` as a sum over classes."""
+    weight, bias = head.weight, head.bias
+    exact, direct = how == "exact" and needs[1], fused is not None and not any(needs)
     x = head.x.index_select(0, keep.index) if (exact or direct) and keep.index is not None else head.x
-    seen = statistics(fused, head, keep, x) if fused is not None and keep.count and (whole or not any(needs)) else None
+    seen = statistics(fused, head, keep, x) if fused is not None and keep.count and (whole or direct) else None
     if not any(needs):
         if seen is None:
             by_tokens(head, keep, rows, turn, None, grad=False)

@@ -7,15 +7,16 @@ bits. dx is a sum over the ranks, in fp32, a chunk of rows at a time.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _check
+from . import _check, _memory
 from ._check import wide_dtype
-from ._head import Gradients, Head, Turn, by_classes, by_tokens, default_budget, fit, product, settle, turned
+from ._head import Gradients, Head, Turn, by_classes, by_tokens, default_budget, fit, product, settle, sliced, turned
 from ._kept_rows import Chunk, Kept, kept
 from ._launch import cdiv, has_fp64
 from ._loss_parts import Whole, joined, look, put
@@ -124,17 +125,34 @@ class Summed:
 
 
 def walk(
-    head: Head, target: Tensor, ignore_index: int, turn: Turn, needs: Needs, accumulate: str, memory_budget: int, shard: Shard, *,
+    op: str, head: Head, target: Tensor, ignore_index: int, turn: Turn, needs: Needs, accumulate: str, memory_budget: int, shard: Shard, *,
     forward: bool
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """`_head.walk` over a shard: `turn` sees this rank's columns. dx is of all ranks; dw and db are this one's rows of theirs.
 
     Every rank must take the same chunks, whatever its own share of the classes: they are those that equal shards would have.
     """
-    weight, bias = head.weight, head.bias
+    weight = head.weight
     like = Head(head.x, torch.empty(cdiv(shard.classes, shard.members.size()), weight.shape[1], dtype=weight.dtype, device="meta"))
     keep = kept(target, ignore_index, fit(like, None, memory_budget or default_budget(like.weight)))
     how, rows = settle(like, keep, accumulate, memory_budget)
+    budget = memory_budget or default_budget(weight)
+    try:
+        return _walked(head, keep, how, rows, budget, turn, needs, shard, forward)
+    except torch.OutOfMemoryError as error:
+        row = like.weight.shape[0] * weight.element_size()
+        logits = min(rows, keep.count) * row
+        if how == "exact" and needs[1]:
+            logits = max(logits, prod(sliced(head, keep.count, budget, dx=False)) * weight.element_size())
+        _memory.explain(error, _memory.Pass(op, head, needs, forward, how, logits, row, ranks=True))
+        raise
+
+
+def _walked(
+    head: Head, keep: Kept, how: str, rows: int, budget: int, turn: Turn, needs: Needs, shard: Shard, forward: bool
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """`walk`, once its ways are chosen."""
+    weight, bias = head.weight, head.bias
     if not any(needs):
         by_tokens(head, keep, rows, turn, None, grad=False)
         return None, None, None
@@ -153,7 +171,7 @@ def walk(
         by_tokens(head, keep, rows, step, made, grad=needs[0] or not exact, sums=not exact)
     if exact:
         x = head.x if keep.index is None else head.x.index_select(0, keep.index)
-        by_classes(head, keep, x, memory_budget or default_budget(weight), turned(turn, head, keep, x), made, dx=False)
+        by_classes(head, keep, x, budget, turned(turn, head, keep, x), made, dx=False)
     if dx is not None:
         dx.finish()
     dw, db = made.dweight, made.dbias

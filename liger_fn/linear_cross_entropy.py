@@ -34,6 +34,7 @@ from .cross_entropy import KERNELS, PLAIN, CrossEntropyAux, Parts, aux_of
 
 Save = Literal["grads", "recompute"]
 SAVE = ("grads", "recompute")
+OP = "linear_cross_entropy"
 
 
 class Residuals(NamedTuple):
@@ -131,7 +132,7 @@ def _fwd(
     temperature: float, reduction: str, save: str, accumulate: str, return_aux: bool, memory_budget: int, needs: Needs, parts: Parts,
 ) -> tuple[Tensor, Residuals]:  # fmt: skip
     flat = target.reshape(-1)
-    check_targets("linear_cross_entropy", flat, ignore_index, weight.shape[0])
+    check_targets(OP, flat, ignore_index, weight.shape[0])
     divisor = parts.reduce(None, target, ignore_index, reduction, class_weight, num_items)[1]
     each = x.new_empty(len(flat), dtype=_check.wide_dtype(x))
     makes = any(needs) and now(reduction, save)
@@ -170,7 +171,7 @@ def _pass(
 
     head = Head(x.reshape(-1, x.shape[-1]), weight, bias)
     dx, dweight, dbias = walk(
-        head, flat, res.ignore_index, turn, needs, res.accumulate, res.memory_budget, forward=loss is not None,
+        OP, head, flat, res.ignore_index, turn, needs, res.accumulate, res.memory_budget, forward=loss is not None,
         fused=None if loss is None or parts is not KERNELS else _fused(res, head, flat, scale, divisor, loss),
         found=() if loss is None else (loss, res.stats.T, res.aux),
     )  # fmt: skip
@@ -219,7 +220,7 @@ def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, parts: Parts) -
     factor = dy / _lift(res).squeeze() if res.weight.dtype is torch.float16 else dy
     if late(res.weight) and res.divisor is not None and res.reduction == "mean":
         factor = factor / res.divisor
-    return scaled((res.dx, res.dweight, res.dbias), res.weight.dtype, factor, needs, donate, parts.scale)
+    return scaled(OP, (res.dx, res.dweight, res.dbias), res.weight.dtype, factor, needs, donate, parts.scale)
 
 
 def _aux(flat: Args, y: Tensor, rows: Tensor) -> tuple[Tensor, CrossEntropyAux]:
@@ -306,6 +307,8 @@ def linear_cross_entropy(
         TypeError: a tensor is not of a float dtype, dtypes differ, target is not of an integer dtype.
         ValueError: a shape does not fit, devices differ, an unknown option, a number out of its range, a weight of classes or tokens needs
             a gradient, `num_items` without a mean; on a CPU also a target outside [0, V). On a GPU such a row's loss and gradient are NaN.
+        torch.OutOfMemoryError: PyTorch's own, with a note on what was held and the `memory_budget` or other option that takes less.
+            Nothing is lost: no input or gradient has been written to.
 
     Example:
         >>> liger_fn.linear_cross_entropy(torch.zeros(2, 4), torch.ones(8, 4), torch.tensor([3, -100]))
@@ -313,7 +316,7 @@ def linear_cross_entropy(
 
     Source: Wijmans et al. 2024, arXiv:2411.09009, for the memory at stake; chunks of tokens as in efficient_cross_entropy (M. Malek).
     """
-    op = "linear_cross_entropy"
+    op = OP
     x, weight, bias, target = head_arguments(op, x, weight, bias, target)
     token_weight = token_weights(op, token_weight, target, x)
     _check.integer(op, "ignore_index", ignore_index)

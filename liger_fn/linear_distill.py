@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _check
+from . import _check, _memory
 from ._backend import in_own_dtypes
 from ._check import dense
 from ._distill_kernel import kernel_rows
@@ -40,6 +40,7 @@ Divergence = Literal["kl", "reverse_kl", "jsd", "tvd"]
 Save = Literal["grads", "recompute"]
 Accumulate = Literal["auto", "weight", "fp32"]
 SAVE, ACCUMULATE = ("grads", "recompute"), ("auto", "weight", "fp32")
+OP = "linear_distill"
 
 
 class Parts(NamedTuple):
@@ -186,23 +187,28 @@ def _pass(
         loss.masked_fill_(flat == res.ignore_index, 0.0)  # nobody else writes to these
     divisor = None if res.reduction != "mean" or (loss is not None and late(weight)) else res.divisor
     every = slice(0, weight.shape[0])
-    buffer = weight_teacher.new_empty(min(rows, keep.count) * every.stop)
 
-    def turn(a: Tensor, chunk: Chunk, part: Part | None, grad: bool) -> None:
+    def turn(buffer: Tensor, a: Tensor, chunk: Chunk, part: Part | None, grad: bool) -> None:
         t = teacher.logits(chunk.take(teacher.x), buffer, every)
         parts.rows(
             a, t, chunk.own(flat), res.ignore_index, distance, stats=_own(chunk, res.stats),
             loss=None if loss is None else _own(chunk, loss), grad=grad, scale=chunk.own(scale), divisor=divisor, index=chunk.index,
         )  # fmt: skip
 
-    if not any(needs):
-        by_tokens(student, keep, rows, turn, None, grad=False)
-        return None, None, None
     stored = torch.float32 if loss is not None and weight.dtype is torch.float16 else weight.dtype
-    made = Gradients(student, needs, keep, sums=torch.float32 if how == "fp32" else stored, runs=keep.count > rows)
-    by_tokens(student, keep, rows, turn, made, grad=True, sums=True)
-    dx, dw, db = made.dx, made.dweight, made.dbias
-    return None if dx is None else dx.view(x.shape), None if dw is None else dw.to(stored), None if db is None else db.to(stored)
+    try:
+        turns = partial(turn, weight_teacher.new_empty(min(rows, keep.count) * every.stop))
+        if not any(needs):
+            by_tokens(student, keep, rows, turns, None, grad=False)
+            return None, None, None
+        made = Gradients(student, needs, keep, sums=torch.float32 if how == "fp32" else stored, runs=keep.count > rows)
+        by_tokens(student, keep, rows, turns, made, grad=True, sums=True)
+        dx, dw, db = made.dx, made.dweight, made.dbias
+        return None if dx is None else dx.view(x.shape), None if dw is None else dw.to(stored), None if db is None else db.to(stored)
+    except torch.OutOfMemoryError as error:
+        row = 2 * weight.shape[0] * weight.element_size()
+        _memory.explain(error, _memory.Pass(OP, student, needs, loss is not None, how, min(rows, keep.count) * row, row, instead="weight"))
+        raise
 
 
 def _own(chunk: Chunk, t: Tensor) -> Tensor:
@@ -231,7 +237,7 @@ def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, parts: Parts) -
     factor = dy / _lift(res).squeeze() if res.weight.dtype is torch.float16 else dy
     if late(res.weight) and res.divisor is not None and res.reduction == "mean":
         factor = factor / res.divisor
-    return scaled((res.dx, res.dweight, res.dbias), res.weight.dtype, factor, needs, donate, parts.scale)
+    return scaled(OP, (res.dx, res.dweight, res.dbias), res.weight.dtype, factor, needs, donate, parts.scale)
 
 
 # --- public function --------------------------------------------------------------------------------------------------------------------
@@ -310,6 +316,7 @@ def linear_distill(
         TypeError: a tensor is not of a float dtype, dtypes differ, target is not of an integer dtype.
         ValueError: a shape does not fit, devices differ, an unknown option, a number out of its range, the teacher or a weight of rows
             needs a gradient, `num_items` without a mean.
+        torch.OutOfMemoryError: as `linear_cross_entropy`, with a note that names a smaller `memory_budget`.
 
     Example:
         >>> teacher = torch.tensor([[2.0], [0.0]])
@@ -320,7 +327,7 @@ def linear_distill(
     arXiv:2307.15190 (tvd).
     """
     return _arguments(
-        "linear_distill", x, weight, x_teacher, weight_teacher, target, bias, bias_teacher, divergence, beta, temperature, ignore_index,
+        OP, x, weight, x_teacher, weight_teacher, target, bias, bias_teacher, divergence, beta, temperature, ignore_index,
         token_weight, reduction, num_items, memory_budget, accumulate, save,
     )  # fmt: skip
 

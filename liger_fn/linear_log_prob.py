@@ -27,6 +27,8 @@ from ._loss_rows import Part, Terms, check_targets, formed, valid
 from ._vjp import Args, Needs, custom_vjp
 from .cross_entropy import KERNELS, PLAIN, Parts
 
+OP = "linear_log_prob"
+
 
 class Residuals(NamedTuple):
     """What the backward of `linear_log_prob` needs."""
@@ -94,7 +96,7 @@ def _fwd(
     temperature: float, accumulate: str, memory_budget: int, needs: Needs, parts: Parts,
 ) -> tuple[tuple[Tensor, ...], Residuals]:  # fmt: skip
     flat = target.reshape(-1)
-    check_targets("linear_log_prob", flat, ignore_index, weight.shape[0])
+    check_targets(OP, flat, ignore_index, weight.shape[0])
     found = x.new_empty(4, len(flat), dtype=_check.wide_dtype(x))
     stats, loss = found.new_empty(len(flat), 2), torch.empty_like(found[0])
     lse, log_prob, entropy = found[0], found[1], found[2]
@@ -108,7 +110,7 @@ def _fwd(
             index=chunk.index,
         )  # fmt: skip
 
-    walk(_head(res), flat, ignore_index, turn, (False,) * 3, accumulate, memory_budget, forward=True, found=(found, stats.T))
+    walk(OP, _head(res), flat, ignore_index, turn, (False,) * 3, accumulate, memory_budget, forward=True, found=(found, stats.T))
     res.disorder.copy_(entropy)
     return tuple(t.clone().view(target.shape) for t in (log_prob, lse, entropy)), res
 
@@ -128,7 +130,7 @@ def _bwd(res: Residuals, dy: Args, needs: Needs, donate: bool, parts: Parts) -> 
             bend=chunk.own(bend), index=chunk.index, part=part,
         )  # fmt: skip
 
-    dx, dweight, dbias = walk(_head(res), flat, res.ignore_index, turn, needs, res.accumulate, res.memory_budget, forward=False)
+    dx, dweight, dbias = walk(OP, _head(res), flat, res.ignore_index, turn, needs, res.accumulate, res.memory_budget, forward=False)
     return None if dx is None else dx.view(res.x.shape), dweight, dbias
 
 
@@ -183,6 +185,7 @@ def linear_log_prob(
         TypeError: a tensor is not of a float dtype, dtypes differ, target is not of an integer dtype.
         ValueError: a shape does not fit, devices differ, an unknown option, a number out of its range; on a CPU also a target outside
             [0, V). On a GPU such a row's values and gradient are NaN.
+        torch.OutOfMemoryError: as `linear_cross_entropy`, with a note that names a smaller `memory_budget`.
 
     Example:
         >>> liger_fn.linear_log_prob(torch.zeros(2, 4), torch.ones(8, 4), torch.tensor([3, -100]))[0]
@@ -190,7 +193,7 @@ def linear_log_prob(
 
     Source: Wijmans et al. 2024, arXiv:2411.09009, for the memory at stake; Rafailov et al. 2023, arXiv:2305.18290, for what it is used in.
     """
-    op = "linear_log_prob"
+    op = OP
     x, weight, bias, target = head_arguments(op, x, weight, bias, target)
     _check.integer(op, "ignore_index", ignore_index)
     if shift:

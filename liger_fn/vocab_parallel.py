@@ -29,6 +29,8 @@ from ._vocab_parallel import Shard, alone, layout, shard_of, some, statistics, w
 from .cross_entropy import KERNELS, PLAIN, Parts, aux_of
 from .linear_cross_entropy import SAVE, Save, _weighted, linear_cross_entropy
 
+OP = "vocab_parallel_linear_cross_entropy"
+
 
 class Residuals(NamedTuple):
     """What the backward of `vocab_parallel_linear_cross_entropy` needs: that of `linear_cross_entropy`, and the shard."""
@@ -101,7 +103,7 @@ def _fwd(*args: Any, needs: Needs, parts: Parts) -> tuple[Tensor, Residuals]:
     (x, weight, _, target, class_weight, token_weight, num_items), options, shard = args[:7], args[7:-3], Shard(*args[-3:])
     ignore_index, reduction, save, return_aux = options[0], options[6], options[7], options[9]
     flat = target.reshape(-1)
-    check_targets("vocab_parallel_linear_cross_entropy", flat, ignore_index, shard.classes)
+    check_targets(OP, flat, ignore_index, shard.classes)
     if not shard.group:
         y, own = alone(linear_cross_entropy, parts).fwd(*args[:-3], needs=needs)
         return y, Residuals._make((*own, *shard))
@@ -129,7 +131,7 @@ def _pass(
     assert x is not None  # forward has it, and a backward that comes here kept it
     flat, terms, shard, ignore_index = target.reshape(-1), res.terms, res.shard, res.ignore_index
     divisor = res.divisor if res.reduction == "mean" and not (loss is not None and late(weight)) else None
-    of = None if loss is None else layout("vocab_parallel_linear_cross_entropy", shard, weight, terms)
+    of = None if loss is None else layout(OP, shard, weight, terms)
 
     def turn(a: Tensor, chunk: Chunk, part: Part | None, grad: bool) -> None:
         mine = chunk.take(flat)
@@ -146,7 +148,7 @@ def _pass(
             )  # fmt: skip
 
     head = Head(x.reshape(-1, x.shape[-1]), weight, bias)
-    made = walk(head, flat, ignore_index, turn, needs, res.accumulate, res.memory_budget, shard, forward=loss is not None)
+    made = walk(OP, head, flat, ignore_index, turn, needs, res.accumulate, res.memory_budget, shard, forward=loss is not None)
     return None if made[0] is None else made[0].view(x.shape), *made[1:]
 
 
@@ -225,6 +227,7 @@ def vocab_parallel_linear_cross_entropy(
         TypeError: as `linear_cross_entropy`; `group` is no process group that this rank is in.
         ValueError: as `linear_cross_entropy`; rows of weight beyond `vocab_size`; one of `vocab_start` and `vocab_size` without the other;
             on a CPU also shards that are not every class once. On a GPU such shards make the loss and all gradients NaN.
+        torch.OutOfMemoryError: as `linear_cross_entropy`; the other ranks wait for this one. A smaller `memory_budget` must be that of all.
 
     Example:
         >>> liger_fn.vocab_parallel_linear_cross_entropy(torch.zeros(2, 4), torch.ones(8, 4), torch.tensor([3, -100]))
@@ -232,7 +235,7 @@ def vocab_parallel_linear_cross_entropy(
 
     Source: Shoeybi et al. 2019, arXiv:1909.08053.
     """
-    op = "vocab_parallel_linear_cross_entropy"
+    op = OP
     x, weight, bias, target = head_arguments(op, x, weight, bias, target)
     shard = shard_of(op, group, weight, vocab_start, vocab_size)
     token_weight = token_weights(op, token_weight, target, x)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _check
+from . import _check, _memory
 from ._backend import in_own_dtypes
 from ._distill_rows import STATS, Distance
 from ._head import Gradients, Head, by_tokens, late, now
@@ -200,11 +200,8 @@ def _pass(
     divisor = None if res.reduction != "mean" or (loss is not None and late(weight)) else res.divisor
     sound = None if loss is None else layout(OP, shard, weight, Terms()).sound
     every = slice(0, weight.shape[0])
-    buffer = weight_teacher.new_empty(min(rows, keep.count) * every.stop)
-    runs = keep.count > rows
-    dx = Summed(student, keep, shard, runs) if needs[0] else None
 
-    def turn(a: Tensor, chunk: Chunk, part: Part | None, grad: bool) -> None:
+    def turn(buffer: Tensor, dx: Summed | None, a: Tensor, chunk: Chunk, part: Part | None, grad: bool) -> None:
         t = teacher.logits(chunk.take(teacher.x), buffer, every)
         look = partial(parts.rows, a, t, some(flat, chunk), res.ignore_index, distance, scale=some(scale, chunk), divisor=divisor)
         at_once = grad and loss is not None and distance.name == "kl"  # whose gradient needs no second sum
@@ -223,16 +220,24 @@ def _pass(
         if grad and dx is not None:
             dx.add(chunk, a)
 
-    if not any(needs):
-        by_tokens(student, keep, rows, turn, None, grad=False)
-        return None, None, None
     stored = torch.float32 if loss is not None and weight.dtype is torch.float16 else weight.dtype
-    made = Gradients(student, (False, *needs[1:]), keep, sums=torch.float32 if how == "fp32" else stored, runs=runs)
-    by_tokens(student, keep, rows, turn, made, grad=True, sums=True)
-    if dx is not None:
-        dx.finish()
-    dw, db = made.dweight, made.dbias
-    return None if dx is None else dx.dx.view(x.shape), None if dw is None else dw.to(stored), None if db is None else db.to(stored)
+    try:
+        runs, buffer = keep.count > rows, weight_teacher.new_empty(min(rows, keep.count) * every.stop)
+        if not any(needs):
+            by_tokens(student, keep, rows, partial(turn, buffer, None), None, grad=False)
+            return None, None, None
+        dx = Summed(student, keep, shard, runs) if needs[0] else None
+        made = Gradients(student, (False, *needs[1:]), keep, sums=torch.float32 if how == "fp32" else stored, runs=runs)
+        by_tokens(student, keep, rows, partial(turn, buffer, dx), made, grad=True, sums=True)
+        if dx is not None:
+            dx.finish()
+        dw, db = made.dweight, made.dbias
+        return None if dx is None else dx.dx.view(x.shape), None if dw is None else dw.to(stored), None if db is None else db.to(stored)
+    except torch.OutOfMemoryError as error:
+        row = 2 * share * weight.element_size()
+        held = min(rows, keep.count) * row
+        _memory.explain(error, _memory.Pass(OP, student, needs, loss is not None, how, held, row, instead="weight", ranks=True))
+        raise
 
 
 def _bwd(res: Residuals, dy: Tensor, needs: Needs, donate: bool, parts: Parts) -> tuple[Tensor | None, ...]:
@@ -304,6 +309,7 @@ def vocab_parallel_linear_distill(
         TypeError: as `linear_distill`; `group` is no process group that this rank is in.
         ValueError: as `linear_distill`; rows of weight beyond `vocab_size`; one of `vocab_start` and `vocab_size` without the other; on a
             CPU also shards that are not every class once. On a GPU such shards make the loss and all gradients NaN.
+        torch.OutOfMemoryError: as `linear_cross_entropy`; the other ranks wait for this one. A smaller `memory_budget` must be that of all.
 
     Example:
         >>> teacher = torch.tensor([[2.0], [0.0]])

@@ -27,6 +27,8 @@ from ._vocab_parallel import Shard, alone, layout, shard_of, some, statistics, w
 from .cross_entropy import KERNELS, PLAIN, Parts
 from .linear_log_prob import LogProbAux, linear_log_prob
 
+OP = "vocab_parallel_linear_log_prob"
+
 
 class Residuals(NamedTuple):
     """What the backward of `vocab_parallel_linear_log_prob` needs: that of `linear_log_prob`, and the shard."""
@@ -86,14 +88,14 @@ def _gradients(res: Residuals, dy: Any, needs: Needs) -> tuple[Tensor | None, ..
 def _fwd(*args: Any, needs: Needs, parts: Parts) -> tuple[tuple[Tensor, ...], Residuals]:
     (x, weight, bias, target, ignore_index), shard = args[:5], Shard(*args[-3:])
     flat = target.reshape(-1)
-    check_targets("vocab_parallel_linear_log_prob", flat, ignore_index, shard.classes)
+    check_targets(OP, flat, ignore_index, shard.classes)
     if not shard.group:
         y, own = alone(linear_log_prob, parts).fwd(*args[:-3], needs=needs)
         return y, Residuals._make((*own, *shard))
     found = x.new_empty(4, len(flat), dtype=_check.wide_dtype(x))
     res = Residuals(x, weight, bias, target, found.new_empty(len(flat), 2), found[2], ignore_index, *args[5:])
     blank((found, res.stats.T), flat == ignore_index)
-    terms, of = res.terms, layout("vocab_parallel_linear_log_prob", shard, weight, Terms())
+    terms, of = res.terms, layout(OP, shard, weight, Terms())
 
     def turn(a: Tensor, chunk: Chunk, part: Part | None, grad: bool) -> None:
         row = statistics(a, chunk.take(flat), ignore_index, terms, shard, of, parts.rows, aux=True)
@@ -101,7 +103,7 @@ def _fwd(*args: Any, needs: Needs, parts: Parts) -> tuple[tuple[Tensor, ...], Re
         put(res.stats, chunk, row.stats)
         put(found.T, chunk, row.aux.T)
 
-    walk(_head(res), flat, ignore_index, turn, (False,) * 3, res.accumulate, res.memory_budget, shard, forward=True)
+    walk(OP, _head(res), flat, ignore_index, turn, (False,) * 3, res.accumulate, res.memory_budget, shard, forward=True)
     return tuple(found[i].clone().view(target.shape) for i in (1, 0, 2)), res
 
 
@@ -122,7 +124,7 @@ def _bwd(res: Residuals, dy: Args, needs: Needs, donate: bool, parts: Parts) -> 
             bend=chunk.take(bend), part=shard.within(part),
         )  # fmt: skip
 
-    dx, *rest = walk(_head(res), flat, res.ignore_index, turn, needs, res.accumulate, res.memory_budget, shard, forward=False)
+    dx, *rest = walk(OP, _head(res), flat, res.ignore_index, turn, needs, res.accumulate, res.memory_budget, shard, forward=False)
     return None if dx is None else dx.view(res.x.shape), *rest
 
 
@@ -174,6 +176,7 @@ def vocab_parallel_linear_log_prob(
         TypeError: as `linear_log_prob`; `group` is no process group that this rank is in.
         ValueError: as `linear_log_prob`; rows of weight beyond `vocab_size`; one of `vocab_start` and `vocab_size` without the other; on a
             CPU also shards that are not every class once. On a GPU such shards make all values and gradients NaN.
+        torch.OutOfMemoryError: as `linear_cross_entropy`; the other ranks wait for this one. A smaller `memory_budget` must be that of all.
 
     Example:
         >>> liger_fn.vocab_parallel_linear_log_prob(torch.zeros(2, 4), torch.ones(8, 4), torch.tensor([3, -100]))[0]
@@ -181,7 +184,7 @@ def vocab_parallel_linear_log_prob(
 
     Source: Shoeybi et al. 2019, arXiv:1909.08053.
     """
-    op = "vocab_parallel_linear_log_prob"
+    op = OP
     x, weight, bias, target = head_arguments(op, x, weight, bias, target)
     shard = shard_of(op, group, weight, vocab_start, vocab_size)
     _check.integer(op, "ignore_index", ignore_index)

@@ -11,17 +11,20 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from liger_fn._head import budget
+
 from . import _swap
 from ._errors import PatchError
 from ._find import Find, causal_lm, find, wanted
+from ._head import CausalLMForward, HeadForward
 from ._proof import Disagreement
 from ._registry import entry
-from ._report import FAILED, LEFT, PATCHED, PLANNED, Report
+from ._report import ALREADY, FAILED, LEFT, PATCHED, PLANNED, Report, Row
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def auto(model: nn.Module, *, strict: bool = True, verify: bool = True, **which: bool) -> Report:
+def auto(model: nn.Module, *, strict: bool = True, verify: bool = True, memory_budget: int | None = None, **which: bool) -> Report:
     """Put the functions of `liger_fn` into this model.
 
     Only this instance changes: no class, module or other model sees anything of it. Parameters, the state dict, hooks, adapters and
@@ -46,6 +49,8 @@ def auto(model: nn.Module, *, strict: bool = True, verify: bool = True, **which:
         strict: make it an error if something that the registry entry promises is not there or cannot be proved. If False, that part is left
             as it was and the report says why.
         verify: prove every swap before it is made.
+        memory_budget: bytes of logits that the loss of the output layer may have at a time, as in `liger_fn.linear_cross_entropy`. Less is
+            slower. A model that is patched already takes the new number. None: what their sizes suggest, or what was given before.
         **which: operations to leave out (`rope=False`) or in: those that the report names.
 
     Returns:
@@ -53,33 +58,46 @@ def auto(model: nn.Module, *, strict: bool = True, verify: bool = True, **which:
 
     Raises:
         TypeError: an operation's name is not known, or its value is not a bool.
-        PatchError: the model's type is not supported, or `strict` and a part is not as the entry promises.
+        ValueError: `memory_budget` is no integer of at least 1.
+        PatchError: the model's type is not supported, or `strict` and a part is not as the entry promises, or there is a `memory_budget`
+            for an output layer that stays stock.
 
     Examples:
         >>> report = liger_patch.auto(model)                # doctest: +SKIP
         >>> print(report)                                   # doctest: +SKIP
         >>> liger_patch.auto(model, strict=False, rope=False)  # doctest: +SKIP
     """
-    return apply("auto", model, strict, verify, which)
+    return apply("auto", model, strict, verify, memory_budget, which)
 
 
-def apply(who: str, model: nn.Module, strict: bool, verify: bool, which: Mapping[str, object]) -> Report:
+def apply(who: str, model: nn.Module, strict: bool, verify: bool, memory_budget: int | None, which: Mapping[str, object]) -> Report:
     """`auto`, for whichever public function its errors shall name."""
+    budget(who, memory_budget)
     root, finds = survey(who, model, which, verify)
     failures = [f for f in finds if f.row.status == FAILED]
     if strict and failures:
         raise PatchError(refusal(who, root, failures))
+    head = head_of(root, finds)
+    if memory_budget is not None and head is not None:
+        head.memory_budget = memory_budget
+    elif memory_budget is not None and strict:
+        raise PatchError(
+            f"{who}: memory_budget is of the loss that the output layer makes, and that of this {type(root).__name__} stays stock, where "
+            "all logits are made at once; leave memory_budget out, or pass strict=False"
+        )
+    finds = budgeted(finds, head, memory_budget)
     _swap.install(root, [swap for f in finds if f.row.status == PLANNED for swap in f.swaps])
     done = {PLANNED: PATCHED, FAILED: LEFT}
     return report(root, [replace(f, row=replace(f.row, status=done.get(f.row.status, f.row.status))) for f in finds])
 
 
-def plan(model: nn.Module, *, verify: bool = True, **which: bool) -> Report:
+def plan(model: nn.Module, *, verify: bool = True, memory_budget: int | None = None, **which: bool) -> Report:
     """What `auto` would do. Changes nothing, and does not raise for parts that would fail: their rows say "failed" and why.
 
     Args:
         model: as for `auto`.
         verify: run the proofs too.
+        memory_budget: as for `auto`.
         **which: as for `auto`.
 
     Returns:
@@ -87,9 +105,12 @@ def plan(model: nn.Module, *, verify: bool = True, **which: bool) -> Report:
 
     Raises:
         TypeError: an operation's name is not known, or its value is not a bool.
+        ValueError: as for `auto`.
         PatchError: the model's type is not supported.
     """
-    return report(*survey("plan", model, which, verify))
+    budget("plan", memory_budget)
+    root, finds = survey("plan", model, which, verify)
+    return report(root, budgeted(finds, head_of(root, finds), memory_budget))
 
 
 def revert(model: Model) -> Model:
@@ -122,30 +143,34 @@ def revert(model: Model) -> Model:
 
 
 @contextmanager
-def patched(model: Model, *, strict: bool = True, verify: bool = True, **which: bool) -> Iterator[Model]:
+def patched(model: Model, *, strict: bool = True, verify: bool = True, memory_budget: int | None = None, **which: bool) -> Iterator[Model]:
     """`with liger_patch.patched(model):` patches for the length of the block, and reverts also when the block raises.
 
     Args:
         model: as for `auto`.
         strict: as for `auto`.
         verify: as for `auto`.
+        memory_budget: as for `auto`.
         **which: as for `auto`.
 
     Yields:
         The same model. What was patched before the block stays patched after it.
 
     Raises:
-        TypeError: as for `auto`.
+        TypeError, ValueError: as for `auto`.
         PatchError: as for `auto` and `revert`.
     """
     root = causal_lm(model, "patched")
     before = _swap.recorded(root)
-    apply("patched", model, strict, verify, which)
+    budgets = [(swap, swap.memory_budget) for swap in before if isinstance(swap, HeadForward)]
+    apply("patched", model, strict, verify, memory_budget, which)
     try:
         yield model
     finally:
         revert(model)
         _swap.install(root, before)
+        for head, number in budgets:
+            head.memory_budget = number
 
 
 def refusal(who: str, root: PreTrainedModel, failures: list[Find]) -> str:
@@ -191,6 +216,25 @@ def refuted(f: Find, outcomes: dict[Hashable, str]) -> str:
         except Disagreement as disagreement:
             outcomes[f.proof_key] = f"{f.row.now} does not compute what {f.row.was} does here: {disagreement}"
     return outcomes[f.proof_key]
+
+
+def head_of(root: PreTrainedModel, finds: Iterable[Find]) -> HeadForward | None:
+    """What makes the loss in the output layer, planned or there already; None where that is stock."""
+    for f in finds:
+        if f.row.op == HeadForward.op and f.row.status in (PLANNED, ALREADY):
+            return next(swap.head for swap in (*f.swaps, *_swap.recorded(root)) if isinstance(swap, CausalLMForward))
+    return None
+
+
+def budgeted(finds: Iterable[Find], head: HeadForward | None, memory_budget: int | None) -> list[Find]:
+    """The finds, whose row of the output layer names its budget of memory, if it has or would have one."""
+    number = memory_budget if memory_budget is not None or head is None else head.memory_budget
+
+    def named(row: Row) -> Row:
+        is_head = row.op == HeadForward.op and row.status in (PLANNED, ALREADY)
+        return replace(row, now=f"{row.now}(memory_budget={number})") if is_head and number is not None else row
+
+    return [replace(f, row=named(f.row)) for f in finds]
 
 
 def report(root: PreTrainedModel, finds: Iterable[Find]) -> Report:

@@ -140,7 +140,7 @@ def formed(steps: tuple[Step, ...]) -> dict[str, Any]:
 class HeadForward(Forward):
     """The forward of an output layer: the loss where one is asked for, logits otherwise."""
 
-    __slots__ = ("requests",)
+    __slots__ = ("memory_budget", "requests")
 
     op = kind = "linear_cross_entropy"
     sharded = True
@@ -149,6 +149,7 @@ class HeadForward(Forward):
         super().__init__(module)
         # A stack, since a model may run inside its own forward; the innermost call's request is the last.
         self.requests: list[Request | None] = []
+        self.memory_budget: int | None = None  # bytes of logits that the loss may have at a time; None for what their sizes suggest
 
     def run(self, module: Any, hidden_states: Tensor) -> Any:
         request = self.requests[-1] if self.requests else None
@@ -173,6 +174,7 @@ class HeadForward(Forward):
         x = x.reshape(-1, x.shape[-1])
         target = request.targets(x.shape[0]).to(x.device)
         options |= {"ignore_index": request.ignore_index, "reduction": request.reduction, **formed(request.steps)}
+        options["memory_budget"] = self.memory_budget
         loss: Tensor = function(x, weight, target, bias, **options)
         return loss if request.num_items_in_batch is None else request.normalize(loss)
 

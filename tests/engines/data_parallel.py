@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import liger_fn
 import liger_patch
+from tests.engines import memory
 from tests.engines.ranks import Check, Rank
 from tests.engines.training import (
     FUSED,
@@ -140,6 +141,33 @@ def the_head_is_whole_in_its_own_call_alone(on: Rank) -> None:
     assert seen == ["before", "in its forward", "after its forward", "after its backward", "after the step"]
 
 
+def one_layer_is_whole_at_a_time(on: Rank, **options: Any) -> None:
+    """And the output layer when none is. Where nothing is given back all layers are, and a head of no group of its own is so throughout."""
+    own = partial(fsdp2, own_group=True, **options)
+    for wrap, most in (
+        (own, memory.Whole(1, head_besides=False)),
+        (partial(own, reshard_after_forward=False), memory.Whole(memory.LAYERS, head_besides=False)),
+        (partial(fsdp2, **options), memory.Whole(1, head_besides=True)),
+    ):
+        model: Any = patched_and_wrapped(wrap, "before", **memory.SIZES)
+        assert memory.most_whole(model, memory.step_of(model, 1), lambda p: not isinstance(p, DTensor)) == most
+
+
+def takes_no_more_than_stock(on: Rank, wrap: Wrap, largest: int) -> None:
+    """Nor has it a tensor of all logits: its largest is what the engine gathers at a time."""
+    stock, ours = memory.stock_and_ours(wrap)
+    memory.within(stock, ours, logits=memory.LOGITS, largest=largest)
+
+
+NORM = 4 * memory.H
+MEASURED = {  # the largest tensor: a matrix of all words, with what is gathered beside it
+    "ddp": memory.WORDS,
+    "fsdp2, head in its own group": memory.WORDS + NORM,
+    "fsdp2, layers checkpointed by torch": memory.WORDS + NORM,
+    "fsdp1": 2 * memory.WORDS + NORM,
+}
+
+
 def mixed_precision_is_as_near_to_fp32_as_stock(on: Rank) -> None:
     """All parameters together are no further from those trained in fp32 than the stock model's are; another order is allowed for."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -212,5 +240,11 @@ CHECKS: dict[str, Check] = {
     },
     **{f"{name}: {fault.__name__}": partial(fault, wrap=wrap) for name, wrap in (("ddp", ddp), ("fsdp2", fsdp2)) for fault in FAULTS},
     "fsdp2: the_head_is_whole_in_its_own_call_alone": the_head_is_whole_in_its_own_call_alone,
+    "fsdp2: one_layer_is_whole_at_a_time": one_layer_is_whole_at_a_time,
+    "fsdp2, layers checkpointed by torch: one_layer_is_whole_at_a_time": partial(one_layer_is_whole_at_a_time, checkpoint="torch"),
+    **{
+        f"{name}: takes_no_more_than_stock": partial(takes_no_more_than_stock, wrap=ENGINES[name].wrap, largest=n)
+        for name, n in MEASURED.items()
+    },
     "fsdp2: mixed_precision_is_as_near_to_fp32_as_stock": mixed_precision_is_as_near_to_fp32_as_stock,
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -44,6 +45,7 @@ def table(of: str) -> Any:
 
 def outcomes(of: str, size: int, where: Path, preload: Iterable[str] = ()) -> dict[str, str]:
     """Each check of a table, and what it raised on which rank; empty where it holds on all."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or PyTorch's profiler says on the terminal that it starts and stops
     start = "spawn" if torch.cuda.is_available() else "forkserver"
     if start == "forkserver":  # imported once, before ranks are forked; a server that runs already keeps what it has
         multiprocessing.get_context(start).set_forkserver_preload([f"tests.engines.{name}" for name in preload])

@@ -25,9 +25,12 @@ from transformers.distributed import DistributedConfig
 
 import liger_patch
 from liger_patch._sharded_head import split as parts
+from tests.engines import memory
 from tests.engines.ranks import Check, Rank
 from tests.engines.training import FUSED, LOGITS, SHARDED, Share, alone, batch, losses_by, patched_and_wrapped, the_same, together, whole_of
+from tests.liger_fn import test_out_of_memory as scarcity
 from tests.liger_patch.models import llama
+from tests.memory import scarce
 
 Plan = Callable[[], dict[str, ParallelStyle]]
 
@@ -145,6 +148,40 @@ def a_vocabulary_of_fewer_classes_than_ranks_can_share(on: Rank) -> None:
         assert parts(x.redistribute(mesh, (Shard(0),)), weight, None, replicated=True) is None
 
 
+def takes_no_more_than_stock(on: Rank) -> None:
+    """No rank has a tensor of the output layer's whole weight, nor of all rows' logits of its part of the vocabulary.
+
+    The embedding is frozen: the gradient of one that is split, torch makes whole before it takes its part.
+    """
+
+    def frozen(model: Any) -> nn.Module:
+        model.model.embed_tokens.requires_grad_(False)
+        return split(model, sequences)
+
+    stock, ours = memory.stock_and_ours(frozen)
+    memory.within(stock, ours, logits=memory.LOGITS // on.size, largest=memory.WORDS // on.size)
+
+
+def out_of_memory_says_what_to_do(on: Rank, name: str, when: str) -> None:
+    """The budget that the note names is for all ranks, and is enough: of rows by 512 classes, each has the logits of 256."""
+    options: dict[str, Any] = {} if when == "forward" or name.endswith("log_prob") else {"reduction": "none"}
+    given = scarcity.arguments(name)
+    for key in ("weight", "weight_teacher"):
+        if key in given:
+            given[key] = given[key].detach().chunk(on.size)[on.rank].clone().requires_grad_(key == "weight")
+
+    def loss(**more: Any) -> Tensor:
+        return scarcity.summed(name, given, **options, **more)
+
+    expected = scarcity.trained(loss, given)
+    note = scarcity.failing(loss, when, given, limit=20_000)
+    assert note.startswith(f"{name}: out of memory in {when}, with ")
+    assert "Call it on all ranks with memory_budget=" in note
+    with scarce(20_000):
+        got = scarcity.trained(lambda: loss(memory_budget=scarcity.budget_in(note)), given)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)  # sums of fp32 in another order, of numbers near 1
+
+
 def as_transformers_loads_it(on: Rank) -> None:
     """`from_pretrained` splits all that the model's own plan names, embedding and output layer included."""
     where = on.where / "saved"
@@ -169,5 +206,11 @@ CHECKS: dict[str, Check] = {
     "tokens split: logits_are_there_when_asked_for": partial(logits_are_there_when_asked_for, plan=sequences),
     "evaluation_and_own_means": evaluation_and_own_means,
     "a_vocabulary_of_fewer_classes_than_ranks_can_share": a_vocabulary_of_fewer_classes_than_ranks_can_share,
+    "tokens split: takes_no_more_than_stock": takes_no_more_than_stock,
+    **{
+        f"{name}: out of memory in {when}": partial(out_of_memory_says_what_to_do, name=f"vocab_parallel_{name}", when=when)
+        for name in ("linear_cross_entropy", "linear_log_prob", "linear_distill")
+        for when in ("forward", "backward")
+    },
     "as_transformers_loads_it": as_transformers_loads_it,
 }

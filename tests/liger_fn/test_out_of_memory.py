@@ -1,0 +1,194 @@
+"""Out of memory in a head: PyTorch's own error, with a note whose remedy works, and nothing lost."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import liger_fn
+from liger_fn import _memory
+from tests.memory import REFUSED, scarce
+from tests.numerics import untouched
+from tests.sample import flat
+
+N, H, V = 32, 8, 512
+LOGITS, LIMIT = 4 * N * V, 40_000  # bytes; the gradient of the weight takes 16,384
+HEADS: dict[str, dict[str, Any]] = {
+    "linear_cross_entropy": {},
+    "linear_log_prob": {},
+    "linear_distill": {},
+    "vocab_parallel_linear_cross_entropy": {},
+    "vocab_parallel_linear_log_prob": {},
+    "vocab_parallel_linear_distill": {},
+}
+CALLS = {
+    **{f"{name}, forward": (name, {}, "forward") for name in HEADS},
+    "exact, forward": ("linear_cross_entropy", {"accumulate": "exact"}, "forward"),
+    "none, backward": ("linear_cross_entropy", {"reduction": "none"}, "backward"),
+    "recompute, backward": ("linear_cross_entropy", {"save": "recompute"}, "backward"),
+    "linear_log_prob, backward": ("linear_log_prob", {}, "backward"),
+    "jsd, backward": ("linear_distill", {"divergence": "jsd", "reduction": "none"}, "backward"),
+}
+
+
+def arguments(name: str, dtype: torch.dtype = torch.float32, device: Any = "cpu", n: int = N, v: int = V, h: int = H) -> dict[str, Any]:
+    g = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, device=device).to(dtype)
+
+    heads = {"x": normal(n, h).requires_grad_(), "weight": normal(v, h).requires_grad_()}
+    if name.endswith("distill"):
+        return heads | {"x_teacher": normal(n, h), "weight_teacher": normal(v, h)}
+    return heads | {"target": torch.randint(v, (n,), generator=g, device=device)}
+
+
+def summed(name: str, given: dict[str, Any], **options: Any) -> Tensor:
+    return sum(y.sum() for y in flat(getattr(liger_fn, name)(**given, **options)))  # type: ignore[return-value]
+
+
+def trained(run: Callable[[], Tensor], given: dict[str, Any]) -> tuple[Tensor, ...]:
+    loss = run()
+    return loss.detach(), *torch.autograd.grad(loss, (given["x"], given["weight"]))
+
+
+def noted(error: BaseException, *, text: str = REFUSED) -> str:
+    """The note of an error that is PyTorch's own otherwise."""
+    assert type(error) is torch.OutOfMemoryError
+    if hasattr(error, "add_note"):
+        assert error.args == (text,)
+        (note,) = error.__notes__
+        return note
+    assert str(error).startswith(text)
+    return str(error)
+
+
+def budget_in(note: str) -> int:
+    return int(re.search(r"memory_budget=(\d+)", note)[1])  # type: ignore[index]
+
+
+def failing(run: Callable[[], Tensor], when: str, given: dict[str, Any], limit: int = LIMIT) -> str:
+    """The note of the error that `run`, or its backward, raises where memory is scarce; inputs and their gradients stay as they are."""
+    leaves = given["x"], given["weight"]
+    for t in leaves:
+        t.grad = torch.ones_like(t)
+    with untouched([t for t in (*given.values(), *(t.grad for t in leaves)) if torch.is_tensor(t)]):
+        if when == "forward":
+            with scarce(limit), pytest.raises(torch.OutOfMemoryError) as caught:
+                run()
+        else:
+            loss = run()
+            with scarce(limit), pytest.raises(torch.OutOfMemoryError) as caught:
+                loss.backward()
+    return noted(caught.value)
+
+
+@pytest.mark.parametrize("row", CALLS)
+def test_the_remedy_works(row: str, backend: str):
+    name, options, when = CALLS[row]
+    given = arguments(name)
+    expected = trained(lambda: summed(name, given, **options), given)
+    note = failing(lambda: summed(name, given, **options), when, given)
+    assert note.startswith(f"{name.removeprefix('vocab_parallel_')}: out of memory in {when}, with ")  # a rank alone is the other function
+    assert ('save="recompute"' in note) == (when == "forward" and not name.endswith("log_prob"))
+    assert ("liger_patch.auto(model, memory_budget=" in note) == name.endswith("cross_entropy")
+    budget = budget_in(note)
+    with scarce(LIMIT):
+        got = trained(lambda: summed(name, given, **options, memory_budget=budget), given)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert torch.linalg.vector_norm(mine - theirs) <= 1e-6 * torch.linalg.vector_norm(theirs)  # sums of fp32 in another order
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_through_a_compiler(when: str, fresh_compiler: None):
+    """Whose operators are C++'s: the error and its note come through."""
+    name, options = "linear_cross_entropy", {} if when == "forward" else {"reduction": "none"}
+    given = arguments(name)
+    run = torch.compile(lambda budget: summed(name, given, memory_budget=budget, **options), backend="aot_eager", fullgraph=True)
+    expected = trained(lambda: run(None), given)
+    note = failing(lambda: run(None), when, given)
+    assert note.startswith(f"{name}: out of memory in {when}, with 0.1 MiB of logits at a time")
+    got = trained(lambda: run(budget_in(note)), given)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)  # fp32
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("linear_cross_entropy", "exact"), ("linear_log_prob", "exact"), ("linear_distill", "weight")]
+)
+def test_a_sum_in_fp32_can_be_done_without(name: str, remedy: str):
+    given = arguments(name, torch.bfloat16, n=8, v=16384, h=4)
+    options, when, limit = {"memory_budget": 65536}, "backward" if name.endswith("log_prob") else "forward", 140_000
+    note = failing(lambda: summed(name, given, accumulate="fp32", **options), when, given, limit)
+    assert f'accumulate="{remedy}", which does without a sum in fp32 of 0.2 MiB' in note
+    with scarce(limit):
+        trained(lambda: summed(name, given, accumulate=remedy, **options), given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_backward_that_failed_can_be_run_again(dtype: torch.dtype, backend: str):
+    """Gradients that forward made are scaled in their own memory: none is where there is too little for another."""
+    given = arguments("linear_cross_entropy", dtype)
+    leaves, keep = (given["x"], given["weight"]), dtype is torch.float32
+    expected = torch.autograd.grad(summed("linear_cross_entropy", given), leaves, torch.tensor(3.0))
+    loss = summed("linear_cross_entropy", given)
+    with scarce(6_000), pytest.raises(torch.OutOfMemoryError) as caught:
+        torch.autograd.grad(loss, leaves, torch.tensor(3.0), retain_graph=keep)  # kept, all are made anew; fp16's of the weight always is
+    assert noted(caught.value).startswith("linear_cross_entropy: out of memory in backward, which makes gradients from the ")
+    got = torch.autograd.grad(loss, leaves, torch.tensor(3.0))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, expected, strict=True))
+
+
+def test_nothing_is_advised_that_is_of_no_use():
+    """One row at a time already, sums in the weight's dtype, gradients in backward."""
+    given = arguments("linear_cross_entropy")
+    options = {"memory_budget": 1, "reduction": "none"}
+    note = failing(lambda: summed("linear_cross_entropy", given, **options), "backward", given, limit=12_000)
+    assert "memory_budget" not in note
+    assert "accumulate" not in note
+    assert note.endswith("It takes less for fewer rows")
+
+
+def test_without_notes(monkeypatch: pytest.MonkeyPatch):
+    """Python 3.10: in the text, after PyTorch's own."""
+    monkeypatch.setattr(_memory.sys, "version_info", (3, 10))
+    error = torch.OutOfMemoryError(REFUSED)
+    _memory.note(error, "what to do")
+    assert str(error) == f"{REFUSED}\nwhat to do"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_on_a_gpu_that_is_full(compiled: bool, device: torch.device, fresh_compiler: None):
+    """Each note is followed until memory suffices."""
+    name, n, v, h = "linear_cross_entropy", 8192, 65536, 1024
+    given = arguments(name, torch.bfloat16, device, n, v, h)
+
+    def run(budget: int | None) -> Tensor:
+        return summed(name, given, memory_budget=budget)
+
+    call = torch.compile(run) if compiled else run
+    expected = [t.float() for t in trained(lambda: call(None), given)]
+    torch.cuda.empty_cache()
+    gradients = 2 * (v + n) * h * (2 if compiled else 1)  # operators never write over what forward made
+    room = torch.cuda.memory_reserved() + gradients + 100 * 2**20
+    budgets: list[int | None] = [None]
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(device).total_memory)
+    try:
+        while True:
+            try:
+                got = [t.float() for t in trained(lambda: call(budgets[-1]), given)]
+                break
+            except torch.OutOfMemoryError as error:
+                note = "\n".join(getattr(error, "__notes__", [])) or str(error)
+            assert len(budgets) < 6, note
+            budgets.append(budget_in(note))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert len(budgets) > 1, "there was room for all"
+    for mine, theirs in zip(got, expected, strict=True):
+        assert torch.linalg.vector_norm(mine - theirs) <= 2**-7 * torch.linalg.vector_norm(theirs)  # sums of chunks, rounded to bf16
