@@ -335,10 +335,11 @@ def walk(
     try:
         return _walked(head, keep, how, rows, some, whole, turn, needs, forward, fused)
     except torch.OutOfMemoryError as error:
-        row, dx = weight.shape[0] * weight.element_size(), whole and needs[0]
-        logits = 0 if fused is not None and (whole or not any(needs)) else min(rows, keep.count) * row
-        if how == "exact" and needs[1]:
-            logits = max(logits, prod(sliced(head, keep.count, some, dx=dx)) * weight.element_size())
+        size, dx, exact = weight.element_size(), whole and needs[0], how == "exact" and needs[1]
+        row, seen = weight.shape[0] * size, fused is not None and (whole or not any(needs))  # by kernels that write no logits
+        logits = min(rows, keep.count) * row if not seen and (forward or not exact or (needs[0] and not whole)) else 0
+        if exact:
+            logits = max(logits, prod(sliced(head, keep.count, some, dx=dx)) * size)
         _memory.explain(error, _memory.Pass(op, head, needs, forward, how, logits, row, 4 * keep.count * weight.shape[1] * dx))
         raise
 

@@ -140,9 +140,9 @@ def walk(
     try:
         return _walked(head, keep, how, rows, budget, turn, needs, shard, forward)
     except torch.OutOfMemoryError as error:
-        row = like.weight.shape[0] * weight.element_size()
-        logits = min(rows, keep.count) * row
-        if how == "exact" and needs[1]:
+        row, exact = like.weight.shape[0] * weight.element_size(), how == "exact" and needs[1]
+        logits = min(rows, keep.count) * row if forward or needs[0] or not exact else 0
+        if exact:
             logits = max(logits, prod(sliced(head, keep.count, budget, dx=False)) * weight.element_size())
         _memory.explain(error, _memory.Pass(op, head, needs, forward, how, logits, row, ranks=True))
         raise

@@ -18,7 +18,7 @@ import liger_patch
 from tests.engines.training import patched_and_wrapped
 from tests.liger_patch.models import tokens
 
-LAYERS, H, V, ROWS, LENGTH = 4, 64, 2048, 4, 64
+LAYERS, H, V, ROWS, LENGTH = 3, 64, 2048, 4, 40
 SIZES = {"num_hidden_layers": LAYERS, "hidden_size": H, "intermediate_size": 128, "vocab_size": V}
 WORDS, LOGITS = 4 * V * H, 4 * ROWS * LENGTH * V  # bytes of a matrix of all words, and of all logits of a rank's rows
 BUDGET = 2**16  # of logits at a time

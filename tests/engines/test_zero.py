@@ -25,6 +25,7 @@ CHECKS = (
     "stage 3, never whole, patched before",
     "stage 3, never whole, patched after",
     "the_head_is_whole_in_its_own_call_alone",
+    "takes_no_more_than_stock",
     "logits_are_there_when_asked_for",
 )
 

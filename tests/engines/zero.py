@@ -15,6 +15,7 @@ from torch import Tensor
 
 import liger_fn
 import liger_patch
+from tests.engines import memory
 from tests.engines.ranks import Check, Rank
 from tests.engines.training import FUSED, LR, STEPS, Named, Trained, alone, batch, losses_by, the_same, whole
 from tests.liger_patch.models import VOCAB, llama
@@ -45,12 +46,13 @@ ENGINES = {
 }
 
 
-def engine_of(on: Rank, engine: Engine, when: str) -> Any:
+def engine_of(on: Rank, engine: Engine, when: str, **sizes: int) -> Any:
     """DeepSpeed's engine around a tiny Llama, patched before it was made, or after."""
     os.environ |= {"RANK": str(on.rank), "LOCAL_RANK": str(on.rank), "WORLD_SIZE": str(on.size), "LOCAL_SIZE": str(on.size)}
     zero: dict[str, Any] = {"stage": engine.stage}
     if engine.stage == 3:  # parameters this small would otherwise never be taken apart
         zero |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+        zero["reduce_bucket_size"] = memory.V * memory.H  # elements of gradients that wait for one another; by default more than all
     config = {
         "train_micro_batch_size_per_gpu": 2 // engine.parts,
         "gradient_accumulation_steps": engine.parts,
@@ -60,7 +62,7 @@ def engine_of(on: Rank, engine: Engine, when: str) -> Any:
     }
     values = llama(tie_word_embeddings=engine.tied).state_dict() if engine.born_sharded else None
     with deepspeed.zero.Init(config_dict_or_path=config) if engine.born_sharded else nullcontext():
-        model = llama(tie_word_embeddings=engine.tied)
+        model = llama(tie_word_embeddings=engine.tied, **sizes)
     if values is not None:
         with deepspeed.zero.GatheredParameters([*model.parameters()], modifier_rank=0):
             if on.rank == 0:
@@ -125,6 +127,19 @@ def the_head_is_whole_in_its_own_call_alone(on: Rank) -> None:
     assert seen == [VOCAB, VOCAB]
 
 
+def takes_no_more_than_stock(on: Rank) -> None:
+    """Nor has it a tensor of all logits: its largest is a matrix of all words.
+
+    One layer is whole at a time, and the output layer when none is.
+    """
+    stock, ours = (engine_of(on, ENGINES["stage 3"], when, **memory.SIZES) for when in ("never", "before"))
+    liger_patch.auto(ours, verify=False, memory_budget=memory.BUDGET)
+    steps = [memory.step_of(each, memory.ROWS, each.backward) for each in (stock, ours)]
+    memory.within(*map(memory.taken, steps), logits=memory.LOGITS, largest=memory.WORDS)
+    had = memory.most_whole(ours.module, steps[1], lambda p: p.numel() > 0)
+    assert had == memory.Whole(1, head_besides=False), had
+
+
 def logits_are_there_when_asked_for(on: Rank) -> None:
     wrapped, mine = engine_of(on, ENGINES["stage 3"], "after"), batch(0).part(on.rank, on.size)
     logits = wrapped(**mine.arguments()).logits
@@ -138,5 +153,6 @@ CHECKS: dict[str, Check] = {
         for when in engine.when
     },
     "the_head_is_whole_in_its_own_call_alone": the_head_is_whole_in_its_own_call_alone,
+    "takes_no_more_than_stock": takes_no_more_than_stock,
     "logits_are_there_when_asked_for": logits_are_there_when_asked_for,
 }

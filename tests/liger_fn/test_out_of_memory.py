@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import liger_fn
-from liger_fn import _memory
+from liger_fn import _head, _memory
 from tests.memory import REFUSED, scarce
 from tests.numerics import untouched
 from tests.sample import flat
@@ -141,6 +141,29 @@ def test_a_backward_that_failed_can_be_run_again(dtype: torch.dtype, backend: st
     assert noted(caught.value).startswith("linear_cross_entropy: out of memory in backward, which makes gradients from the ")
     got = torch.autograd.grad(loss, leaves, torch.tensor(3.0))
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, expected, strict=True))
+
+
+def test_the_largest_gradient_is_scaled_first():
+    """So that one that does not fit leaves the others, which would be written over, as they are."""
+    made = torch.ones(2), torch.ones(8), None
+
+    def scale(t: Tensor, factor: Tensor, out: Tensor) -> None:
+        if t.numel() > 2:
+            raise torch.OutOfMemoryError(REFUSED)
+        out.copy_(t * factor)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        _head.scaled("linear_cross_entropy", made, torch.float32, torch.tensor(3.0), (True,) * 3, True, scale)
+    assert made[0].eq(1).all()
+
+
+@pytest.mark.parametrize(("when", "half"), [("forward", 4096), ("backward", 2048)])
+def test_exact_has_other_logits_in_backward(when: str, half: int):
+    """A forward looks at 4 rows of 512 classes; a backward, which sums the weight's gradient for all of them, has 2 rows at a time."""
+    given, options = arguments("linear_cross_entropy"), {"accumulate": "exact", "save": "recompute" if when == "backward" else "grads"}
+    with liger_fn.use_backend("reference"):
+        note = failing(lambda: summed("linear_cross_entropy", given, memory_budget=8192, **options), when, given, limit=12_000)
+    assert budget_in(note) == half
 
 
 def test_nothing_is_advised_that_is_of_no_use():

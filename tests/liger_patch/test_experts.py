@@ -18,6 +18,7 @@ import liger_fn
 import liger_patch
 from liger_patch import Arch, Experts, PatchError, _registry
 from liger_patch._experts import ExpertsForward
+from liger_patch._swap import installed
 from tests.liger_patch import tiny
 from tests.liger_patch.test_archs import inputs, logits_of, loss_of, same_gradients
 from tests.liger_patch.tiny import PINNED, build
@@ -30,7 +31,7 @@ def patched(model: PreTrainedModel) -> list[Any]:
 
 
 def layers(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(vars(module).get("forward"), ExpertsForward)]
+    return [module for module in model.modules() if isinstance(installed(module, "forward"), ExpertsForward)]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_copies_have_experts_of_their_own() -> None:
     model = build("gpt_oss")
     patched(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert all(vars(module)["forward"].module is module for module in layers(twin))
+        assert all(module.forward.__self__.module is module for module in layers(twin))
         with torch.no_grad():
             layers(twin)[0].down_proj.zero_()
         assert not torch.equal(logits_of(twin, inputs(twin)), logits_of(model, inputs(model)))

@@ -130,7 +130,7 @@ def test_many_models_share_one_view():
     for _ in range(3):
         model = llama()
         liger_patch.auto(model)
-        forwards |= {layer.self_attn.forward._forward for layer in model.model.layers}
+        forwards |= {layer.self_attn.forward.__self__._forward for layer in model.model.layers}
     assert set(sys.modules) == before
     assert len(forwards) == 1
     assert forwards.pop().__globals__ is not vars(modeling_llama)
