@@ -3,7 +3,7 @@ r"""Linear cross entropy over a process group that has the vocabulary cut in sha
     a_r = x w_rᵀ + b_r        loss: as in `linear_cross_entropy`, of the logits of all ranks r together        g_r = dloss/da_r
     dx = Σ_r g_r w_r          dw_r = g_rᵀ x        db_r = Σ_rows g_r
 
-All ranks have the same x and target, and each its own rows of the weight. Of a chunk's logits, [rows, V_r], six numbers a row are gathered,
+All ranks have the same x and target, and each its own rows of the weight. Of a chunk's logits, [rows, V_r], 4 numbers a row are gathered,
 of which `_vocab_parallel` makes the statistics of whole rows; dx is summed over the ranks in fp32, chunk by chunk, and rounded once. A rank
 alone is `linear_cross_entropy`, bit for bit. Residuals: its own, and the shard.
 Source: Shoeybi et al. 2019, arXiv:1909.08053, for the cross entropy of shards; Wijmans et al. 2024, arXiv:2411.09009, for the memory.
@@ -216,8 +216,9 @@ def vocab_parallel_linear_cross_entropy(
         vocab_start, vocab_size: this rank's classes are `[vocab_start, vocab_start + V_r)` of `vocab_size`. None for shards of one size in
             the order of the ranks.
         class_weight: `[V]`, of all classes. The others, and token_weight, are as in `linear_cross_entropy`.
-        memory_budget: bytes of a rank's logits that may exist at a time, were all shards of one size. Each chunk costs a gather of 24 bytes
-            a row and rank, and where x needs a gradient a sum over the ranks of 4 H bytes a row, while other work goes on.
+        memory_budget: bytes of a rank's logits that may exist at a time, were all shards of one size. Each chunk costs a gather of 16 bytes
+            a row and rank (32 with `return_aux`), and where x needs a gradient a sum over the ranks of 4 H bytes a row, while other work
+            goes on.
 
     Returns:
         The loss, and with `return_aux` a `CrossEntropyAux`, as `linear_cross_entropy` returns them: the same bits on every rank. Gradients:

@@ -28,9 +28,8 @@ from liger_patch._sharded_head import split as parts
 from tests.engines import memory
 from tests.engines.ranks import Check, Rank
 from tests.engines.training import FUSED, LOGITS, SHARDED, Share, alone, batch, losses_by, patched_and_wrapped, the_same, together, whole_of
-from tests.liger_fn import test_out_of_memory as scarcity
 from tests.liger_patch.models import llama
-from tests.memory import scarce
+from tests.memory import arguments, budget_in, failing, scarce, summed, trained
 
 Plan = Callable[[], dict[str, ParallelStyle]]
 
@@ -165,20 +164,20 @@ def takes_no_more_than_stock(on: Rank) -> None:
 def out_of_memory_says_what_to_do(on: Rank, name: str, when: str) -> None:
     """The budget that the note names is for all ranks, and is enough: of rows by 512 classes, each has the logits of 256."""
     options: dict[str, Any] = {} if when == "forward" or name.endswith("log_prob") else {"reduction": "none"}
-    given = scarcity.arguments(name)
+    given = arguments(name)
     for key in ("weight", "weight_teacher"):
         if key in given:
             given[key] = given[key].detach().chunk(on.size)[on.rank].clone().requires_grad_(key == "weight")
 
     def loss(**more: Any) -> Tensor:
-        return scarcity.summed(name, given, **options, **more)
+        return summed(name, given, **options, **more)
 
-    expected = scarcity.trained(loss, given)
-    note = scarcity.failing(loss, when, given, limit=20_000)
+    expected = trained(loss, given)
+    note = failing(loss, when, given, limit=20_000)
     assert note.startswith(f"{name}: out of memory in {when}, with ")
     assert "Call it on all ranks with memory_budget=" in note
     with scarce(20_000):
-        got = scarcity.trained(lambda: loss(memory_budget=scarcity.budget_in(note)), given)
+        got = trained(lambda: loss(memory_budget=budget_in(note)), given)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)  # sums of fp32 in another order, of numbers near 1
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..training.bars import SAME_LOSS
+from ..training.bars import SAME_LOSS, ratio
 from ..training.models import OURS, STOCK
 from .plan import LLAMA_8B, LONGEST
 from .store import Row
@@ -52,20 +52,16 @@ class Verdict(NamedTuple):
     met: bool | None
 
 
-def _ratio(a: float | None, b: float | None) -> float | None:
-    return a / b if a and b else None
-
-
 def _speed(ours: Row, stock: Row) -> float | None:
-    return _ratio(ours.tokens_per_s, stock.tokens_per_s)
+    return ratio(ours.tokens_per_s, stock.tokens_per_s)
 
 
 def _memory(ours: Row, stock: Row) -> float | None:
-    return _ratio(ours.beyond_gib, stock.beyond_gib)
+    return ratio(ours.beyond_gib, stock.beyond_gib)
 
 
 def _context(ours: Row, stock: Row) -> float | None:
-    return _ratio(ours.longest, stock.longest)
+    return ratio(ours.longest, stock.longest)
 
 
 def _loss(ours: Row, stock: Row) -> float | None:
@@ -99,7 +95,7 @@ def groups(rows: Iterable[Row]) -> dict[tuple[str, str, int], dict[str, Row]]:
 def efficiency(rows: Iterable[Row], row: Row) -> float | None:
     """Tokens/s of a row's GPU over those of one GPU that trains alone."""
     alone = (r.tokens_per_s for r in rows if (r.model, r.shape, r.provider, r.gpus) == (row.model, row.shape, row.provider, 1))
-    return _ratio(row.tokens_per_s, row.gpus * (next(alone, None) or 0.0))
+    return ratio(row.tokens_per_s, row.gpus * (next(alone, None) or 0.0))
 
 
 def verdicts(rows: Iterable[Row]) -> list[Verdict]:

@@ -26,7 +26,8 @@ class Verdict(NamedTuple):
     met: bool | None
 
 
-def _ratio(a: float | None, b: float | None) -> float | None:
+def ratio(a: float | None, b: float | None) -> float | None:
+    """Of two figures, None where the run has not both."""
     return a / b if a and b else None
 
 
@@ -35,19 +36,19 @@ def _tokens(rows: Rows, provider: str) -> float | None:
 
 
 def _speed(rows: Rows) -> float | None:
-    return _ratio(_tokens(rows, OURS), _tokens(rows, LIGER))
+    return ratio(_tokens(rows, OURS), _tokens(rows, LIGER))
 
 
 def _memory(rows: Rows) -> float | None:
     ours, liger = (rows[p].peak_gib if p in rows else None for p in (OURS, LIGER))
-    return _ratio(ours, liger)
+    return ratio(ours, liger)
 
 
 def _compiled(rows: Rows) -> float | None:
     if not all(p in rows for p in (STOCK, STOCK_COMPILE, LIGER)):
         return None  # the best may be missing
     peers = [found for p, r in rows.items() if p not in (OURS, OURS_COMPILE) and (found := r.tokens_per_s)]
-    return _ratio(_tokens(rows, OURS_COMPILE), max(peers, default=None))
+    return ratio(_tokens(rows, OURS_COMPILE), max(peers, default=None))
 
 
 def _loss(rows: Rows) -> float | None:
