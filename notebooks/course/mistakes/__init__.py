@@ -1,0 +1,1 @@
+"""Wrong answers that the checks must explain, a module a lesson."""

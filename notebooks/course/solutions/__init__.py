@@ -1,0 +1,1 @@
+"""An answer to every exercise, a module a lesson. Spoilers."""
