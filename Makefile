@@ -13,6 +13,8 @@ CONVERGENCE_ARGS ?=
 CARDS_ARGS ?=
 DISTRIBUTED_ARGS ?=
 DEMO_ARGS ?=
+NOTEBOOKS_ARGS ?=
+N ?= 1
 
 ifeq ($(strip $(VENV)),)
 PY := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
@@ -24,7 +26,7 @@ endif
 HAS_GPU := $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest check bench bench-train bench-distributed bench-report convergence cards scaling clean
+.PHONY: help demo test test-oldest check bench bench-train bench-distributed bench-report convergence cards scaling notebooks lesson docs docs-serve clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z-]*\): .*## /make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -76,6 +78,20 @@ cards: $(READY) ## measure every function's error against fp64; on a GPU, into d
 scaling: $(READY) ## measure what a training step is made of on a GPU, and work out docs/scaling.md from it
 	@$(PY) -m tests.scaling measure
 	@$(PY) -m tests.scaling report
+
+notebooks: $(READY) ## execute every lesson (NOTEBOOKS_ARGS="4 --write" one, keeping its outputs)
+	@$(PY) -m notebooks run $(NOTEBOOKS_ARGS)
+
+lesson: $(READY) ## open a lesson in JupyterLab (N=4)
+	@$(PY) -c 'import jupyterlab' 2>/dev/null || $(PY) -m pip install -qq jupyterlab
+	@$(PY) -m notebooks open $(N)
+
+export NO_MKDOCS_2_WARNING := 1
+docs: $(READY) ## build the documentation into out/site; a warning is an error
+	@$(PY) -m mkdocs build -q -d out/site && echo 'Built: out/site/index.html'
+
+docs-serve: $(READY) ## serve the documentation on http://127.0.0.1:8000
+	@$(PY) -m mkdocs serve
 
 clean: ## remove the environment, caches and what the demo wrote
 	@if [ -n "$(VENV)" ] && [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
