@@ -26,7 +26,7 @@ if not GPU:
 
 import liger_fn  # noqa: E402  (triton reads TRITON_INTERPRET when it is imported)
 
-from .interpreter import patch_once, read_loop_bounds, round_bf16  # noqa: E402
+from .interpreter import mend  # noqa: E402
 
 pytest.register_assert_rewrite("tests.contract", "tests.compose", "tests.numerics")
 
@@ -36,9 +36,7 @@ else:
     BACKENDS = ("interpreter", "reference") if liger_fn.backend(torch.empty(0)) == "interpreter" else ("reference",)
 
 if "interpreter" in BACKENDS:
-    round_bf16()
-    read_loop_bounds()
-    patch_once()
+    mend()
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: as many threads each as makes one a core
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 

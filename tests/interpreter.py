@@ -13,6 +13,18 @@ from typing import Any
 
 import numpy as np
 
+_mended = False
+
+
+def mend() -> None:
+    """All of the below, once in a process."""
+    global _mended
+    if not _mended:
+        round_bf16()
+        read_loop_bounds()
+        patch_once()
+    _mended = True
+
 
 def round_bf16() -> None:
     """From now on, interpreted kernels round to bf16 as compiled ones do."""

@@ -13,7 +13,7 @@ from matplotlib.patches import FancyBboxPatch
 INK, PAPER, MODEL, FUNCTION, HEAD = "#22252a", "#fafaf7", "#dfe5ec", "#f6d2c4", "#cfe3d4"
 
 
-def box(ax: Axes, x: float, y: float, width: float, height: float, text: str, colour: str, size: float = 9) -> None:
+def box(ax: Axes, x: float, y: float, width: float, height: float, text: str, colour: str, size: float = 11) -> None:
     ax.add_patch(
         FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.02,rounding_size=0.08", facecolor=colour, edgecolor=INK, linewidth=0.8)
     )
@@ -28,15 +28,15 @@ def main() -> None:
     figure, ax = plt.subplots(figsize=(10.5, 5.4), dpi=130, layout="constrained", facecolor=PAPER)
     ax.set(xlim=(0, 10.5), ylim=(0, 5.6))
     ax.axis("off")
-    ax.text(0.1, 5.35, "the model, its own forward", fontsize=10, weight="bold", color=INK)
-    ax.text(3.9, 5.35, "liger_fn, in patched places", fontsize=10, weight="bold", color=INK)
-    ax.text(7.7, 5.35, "kept for backward", fontsize=10, weight="bold", color=INK)
+    ax.text(0.1, 5.35, "the model, its own forward", fontsize=12, weight="bold", color=INK)
+    ax.text(3.9, 5.35, "liger_fn, in patched places", fontsize=12, weight="bold", color=INK)
+    ax.text(7.7, 5.35, "kept for backward", fontsize=12, weight="bold", color=INK)
     rows = (
         ("embedding", "", "", MODEL),
         ("norm", "rms_norm", "x, and 1 / rms of each row", FUNCTION),
         ("attention: q, k", "rope", "cos and sin alone", FUNCTION),
         ("attention itself", "", "PyTorch's own", MODEL),
-        ("MLP, or experts", "swiglu, moe_experts", "gate and up; not their product", FUNCTION),
+        ("MLP, or experts", "swiglu, moe_experts", "gate and up", FUNCTION),
         ("head and loss", "linear_cross_entropy", "gradients of x and weight:\nno logits", HEAD),
     )
     for n, (module, function, kept, colour) in enumerate(rows):
@@ -49,12 +49,12 @@ def main() -> None:
             arrow(ax, (3.02, y + 0.26), (3.88, y + 0.26))
             arrow(ax, (6.82, y + 0.26), (7.62, y + 0.26), "--")
         if kept:
-            ax.text(7.7, y + 0.26, kept, va="center", fontsize=9, color=INK)
+            ax.text(7.7, y + 0.26, kept, va="center", fontsize=10.5, color=INK)
     ax.text(
         0.1,
         0.18,
         "Each function: checks → autograd Function → custom operator → backend (Triton, interpreter, PyTorch) → plan → kernel",
-        fontsize=9,
+        fontsize=10.5,
         color=INK,
     )
     figure.savefig(Path(__file__).with_suffix(".png"), facecolor=PAPER)

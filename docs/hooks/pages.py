@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +44,14 @@ def cost(page: Page) -> str:
     return "\n\n".join(lines)
 
 
-def pictures(page: Page) -> dict[str, bytes]:
-    """Pictures of the page's functions from the newest committed results: by size where there is a sweep, else each shape's fraction."""
+def pictures(page: Page) -> dict[str, tuple[bytes, str]]:
+    """Pictures of the page's functions from the newest committed results, and the machine of each: by size, and each shape's fraction."""
     found = {path.stem: results.load(path) for path in sorted(results.FOLDER.glob("*.json"))}
     latest = {row.key: (row, stem) for stem, run in found.items() for row in run.rows if row.op in page.functions}
     kinds: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
         ("by-size", figures.time, (table.SWEEP,)), ("tokens", figures.heads, (table.HEAD_SWEEP,)), ("floor", figures.floor, table.MODES),
     )  # fmt: skip
-    made: dict[str, bytes] = {}
+    made: dict[str, tuple[bytes, str]] = {}
     for kind, draw, modes in kinds:
         rows = [row for row, _ in latest.values() if row.mode in modes and row.us is not None]
         stems = sorted({stem for row, stem in latest.values() if row.mode in modes})
@@ -60,8 +60,8 @@ def pictures(page: Page) -> dict[str, bytes]:
             said = f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}, {machine['date']}"
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "figure.png"
-                draw(rows, said, path)
-                made[f"{page.name}-{kind}.png"] = path.read_bytes()
+                draw(rows, "", path)
+                made[f"{page.name}-{kind}.png"] = path.read_bytes(), said
     return made
 
 
@@ -72,18 +72,18 @@ CAPTIONS = {
 }
 
 
-def write(page: Page, drawn: Iterable[str]) -> str:
+def write(page: Page, drawn: Mapping[str, tuple[bytes, str]]) -> str:
     """The Markdown of one page."""
     parts = [f"# {page.name}" if page.name not in page.functions or len(page.functions) > 1 else f"# liger_fn.{page.name}"]
     parts += [f"$${formula}$$" for formula in page.formulas]
     if said := cost(page):
         parts += ["## At the least", said]
-    for name in drawn:
+    for name, (_, said) in drawn.items():
         kind = name.removesuffix(".png").removeprefix(f"{page.name}-")
-        parts.append(f"![{page.name}: {CAPTIONS[kind]}](figures/{name})")
-    if parts[-1].startswith("!["):
+        parts += [f"![{page.name}: {CAPTIONS[kind]}](figures/{name})", f"*{CAPTIONS[kind][0].upper()}{CAPTIONS[kind][1:]}: {said}.*"]
+    if drawn:
         parts.append("Made by `make bench`; every figure is in [the benchmarks](../benchmarks.md).")
-    parts += [f"::: liger_fn.{name}" for name in page.functions]
+    parts += [f"::: {getattr(liger_fn, name).__module__}.{name}" for name in page.functions]  # not the module that may have its name
     return "\n\n".join(parts) + "\n"
 
 
@@ -107,7 +107,7 @@ def on_files(files: Files, config: Any) -> Files:
     files.append(File.generated(config, "functions/index.md", content=index()))
     for page in PAGES:
         drawn = pictures(page)
-        for name, content in drawn.items():
+        for name, (content, _) in drawn.items():
             files.append(File.generated(config, f"functions/figures/{name}", content=content))
         files.append(File.generated(config, f"functions/{page.name}.md", content=write(page, drawn)))
     return files
@@ -117,3 +117,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     """`$$…$$` as MathML, which browsers draw without a script; links out of docs/ lead to the file's place in the repository."""
     markdown = re.sub(r"\$\$(.+?)\$\$", lambda m: convert(m[1], display="block"), markdown, flags=re.S)
     return re.sub(r"\[([^\]]*)\]\((?:\.\./)+((?:tests|examples|notebooks|README|CONTRIBUTING|liger_)[^)]*)\)", r"\1 (`\2`)", markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """A function's body returns its checked arguments to `custom_vjp`: what a caller gets is under Returns."""
+    return re.sub(r'\s*<span class="o">-&gt;</span>\s*(?:<span class="n">|<a [^>]*>)*Args(?:</span>|</a>)*', "", html)

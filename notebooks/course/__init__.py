@@ -28,9 +28,7 @@ if INTERPRETED:
     from tests import interpreter
 
     # It rounds to bf16 as a GPU does, counts loops under NumPy 2.4, and is faster.
-    interpreter.round_bf16()
-    interpreter.read_loop_bounds()
-    interpreter.patch_once()
+    interpreter.mend()
     np.seterr(all="ignore")  # where a GPU says inf or NaN in silence, NumPy would warn
 
 from .compare import Wrong, near, same
