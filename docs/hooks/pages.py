@@ -22,6 +22,7 @@ from formulas import PAGES, Page  # noqa: E402
 from latex2mathml.converter import convert  # noqa: E402
 from mkdocs.structure.files import File, Files  # noqa: E402
 
+import liger_fn  # noqa: E402
 from tests.bench import figures, results, table  # noqa: E402
 
 BYTES = 2  # of a number in bf16

@@ -32,12 +32,13 @@ if INTERPRETED:
     np.seterr(all="ignore")  # where a GPU says inf or NaN in silence, NumPy would warn
 
 from .compare import Wrong, near, same
-from .exercise import Report, check, exercise, mistake, solution
+from .exercises import Report, check, exercise, mistake, solution
 from .picture import INK, PALETTE, access, figure, roofline
+from .reading import show_source
 from .timing import Time, clock, machine, table, timed
 
 __all__ = [
     "DEVICE", "GPU", "INK", "INTERPRETED", "PALETTE", "ROOT",
     "Report", "Time", "Wrong",
-    "access", "check", "clock", "exercise", "figure", "machine", "mistake", "near", "roofline", "same", "solution", "table", "timed",
+    "access", "check", "clock", "exercise", "figure", "machine", "mistake", "near", "roofline", "same", "show_source", "solution", "table", "timed",
 ]  # fmt: skip

@@ -23,8 +23,10 @@ mpl.rcParams.update(STYLE)
 
 
 def figure(width: float = 8.0, height: float = 3.2, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
-    """A figure and its axes in the course's style, in inches; `options` are those of `plt.subplots`."""
-    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **options)
+    """A figure and its axes in the course's style, in inches; `options` are those of `plt.subplots`. A cell shows it by ending with it."""
+    fig, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **options)
+    plt.close(fig)  # else Jupyter would show it once more
+    return fig, axes
 
 
 def access(ax: Axes, programs: Sequence[Sequence[int]], columns: int, title: str = "", masked: Sequence[int] = ()) -> None:

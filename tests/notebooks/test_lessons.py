@@ -13,7 +13,8 @@ pytest.importorskip("nbformat")
 
 import jupytext
 import nbformat
-from course import commands, exercise
+from course import commands
+from course import exercises as exercise
 
 SOURCES = commands.sources() if any(commands.FOLDER.glob("[0-9][0-9]_*.py")) else []
 NUMBERS = [int(s.name[:2]) for s in SOURCES]
