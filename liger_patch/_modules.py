@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import liger_fn
 
+from ._dtensor import in_parts, on_parts
+from ._sharded_head import is_sharded
 from ._spec import GLU, GLU_OPS, Norm
 from ._swap import Forward, is_stock
 
@@ -39,14 +41,26 @@ class NormForward(Forward):
         self.spec, self.eps, self.op = spec, eps, spec.op
 
     def run(self, module: Any, hidden_states: Tensor) -> Tensor:
+        return self._of(module, hidden_states, *self._weights(module))
+
+    def split(self, module: Any, hidden_states: Tensor) -> Tensor:
+        weights = self._weights(module)
+        if in_parts(self.op, (hidden_states,), weights):
+            return on_parts(partial(self._of, module), (hidden_states,), weights)
+        return cast(Tensor, self.stock(module, hidden_states))
+
+    def _weights(self, module: Any) -> tuple[Tensor | None, Tensor | None]:
+        spec = self.spec
+        return getattr(module, spec.weight, None), None if spec.kind == "rms" else getattr(module, "bias", None)
+
+    def _of(self, module: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         # eps is read at each call: the module owns it.
         eps, spec = getattr(module, self.eps) if isinstance(self.eps, str) else self.eps, self.spec
-        weight = getattr(module, spec.weight, None)
         if spec.kind == "rms":
-            return liger_fn.rms_norm(hidden_states, weight, eps, offset=spec.offset, cast=spec.cast)
+            return liger_fn.rms_norm(x, weight, eps, offset=spec.offset, cast=spec.cast)
         if spec.offset and weight is not None:
             weight = weight + spec.offset
-        return liger_fn.layer_norm(hidden_states, weight, getattr(module, "bias", None), eps)
+        return liger_fn.layer_norm(x, weight, bias, eps)
 
 
 class GLUForward(Forward):
@@ -59,6 +73,7 @@ class GLUForward(Forward):
     __slots__ = ("act", "act_fn", "op", "spec")
 
     kind = "mlp"
+    sharded = True  # by the projections; what they make is looked at
 
     def __init__(self, module: Any, spec: GLU, act: str) -> None:
         super().__init__(module)
@@ -72,15 +87,27 @@ class GLUForward(Forward):
         options = _OPTIONS.get(self.act, {})
         if spec.gate_multiplier:
             options = options | {"gate_multiplier": getattr(module, spec.gate_multiplier)}
-        if self.act == "relu_squared":
-            y = liger_fn.relu_squared(getattr(module, spec.up)(x))
-        elif spec.packed:
-            y = getattr(liger_fn, f"{self.op}_packed")(getattr(module, spec.packed)(x), **options)
+        if spec.packed:
+            y = _middle(f"{self.op}_packed", (getattr(module, spec.packed)(x),), options)
+        elif self.act == "relu_squared":
+            y = _middle(self.op, (getattr(module, spec.up)(x),), options)
         else:
-            y = getattr(liger_fn, self.op)(getattr(module, spec.gate)(x), getattr(module, spec.up)(x), **options)
+            y = _middle(self.op, (getattr(module, spec.gate)(x), getattr(module, spec.up)(x)), options)
         y = getattr(module, spec.down)(y)
         y = y * getattr(module, spec.down_multiplier) if spec.down_multiplier else y
         return F.dropout(y, getattr(module, spec.dropout), module.training) if spec.dropout else y
+
+
+def _middle(op: str, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> Tensor:
+    """A function of what the projections made. DTensors of which no rank's parts are enough are left to its definition, in plain PyTorch."""
+    function = getattr(liger_fn, op)
+    if not is_sharded(inputs[0]):
+        y: Tensor = function(*inputs, **options)
+        return y
+    if in_parts(op, inputs):
+        return on_parts(partial(function, **options), inputs)
+    y = function.reference(*inputs, **options)
+    return y
 
 
 def act_of(function: Callable[[Tensor], Tensor]) -> str | None:

@@ -113,10 +113,19 @@ class Forward(Swap):
         """What the module would do without this swap."""
         return self.before[0](*args, **kwargs) if self.before else type(module).forward(module, *args, **kwargs)
 
+    def split(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The same where an input is split over devices: the module's own forward, as DTensors know no function of liger_fn."""
+        return self.stock(module, *args, **kwargs)
+
     def entered(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """`run`, or the module's own forward where an input is split over devices: DTensors know no function of liger_fn."""
-        if not self.sharded and any(is_sharded(value) for value in (*args, *kwargs.values())):
-            return self.stock(module, *args, **kwargs)
+        """`run`, or `split` where an input is so."""
+        if not self.sharded:  # loops: this is every call's host time
+            for value in args:
+                if is_sharded(value):
+                    return self.split(module, *args, **kwargs)
+            for value in kwargs.values():
+                if is_sharded(value):
+                    return self.split(module, *args, **kwargs)
         return self.run(module, *args, **kwargs)
 
 

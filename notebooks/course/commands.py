@@ -59,11 +59,11 @@ def write(book, path: Path) -> None:
 def execute(source: Path, target: Path) -> float:
     """Run one lesson from its text source into `target`; the seconds that it took. A cell that raises ends it."""
     from nbclient import NotebookClient
-    from traitlets.config import Config
 
     book, start = paired(source), time.perf_counter()
-    own = Config({"ConnectionFileMixin": {"transport": "ipc"}} if os.name == "posix" else {})  # no port is opened
-    NotebookClient(book, config=own, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}).execute()
+    NotebookClient(
+        book, timeout=SECONDS, kernel_name="python3", extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": str(FOLDER)}}
+    ).execute()
     for cell in book.cells:
         cell.metadata.pop("execution", None)  # when each cell ran: it would differ in every diff
     write(book, target)
