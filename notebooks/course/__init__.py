@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +31,7 @@ if INTERPRETED:
     # It rounds to bf16 as a GPU does, counts loops under NumPy 2.4, and is faster.
     interpreter.mend()
     np.seterr(all="ignore")  # where a GPU says inf or NaN in silence, NumPy would warn
+    warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
 
 from .compare import Wrong, near, same
 from .exercises import Report, check, exercise, mistake, solution

@@ -13,7 +13,7 @@ from course.exercises import Answer
 @exercise("6.1", "what MLPs keep", hint="eager keeps gate, up, silu(gate) and h; fused three of them; the whole MLP two; 2 bytes a number")
 def bytes_kept(answer: Answer) -> str | None:
     for n, i, layers in ((8, 4, 1), (8192, 14336, 32)):
-        for how, arrays in (("eager", 4), ("fused", 3), ("mlp", 2)):
+        for how, arrays in (("fused", 3), ("mlp", 2), ("eager", 4)):
             got = answer(n, i, layers, how)
             if got == arrays * n * i * layers:
                 raise Wrong(f"for {how!r} that is a count of numbers: in bf16 each is 2 bytes")

@@ -1,110 +1,231 @@
-"""Checks of lesson 7: the online softmax and cross entropy."""
+"""Checks of lesson 7: cross entropy."""
 
 from __future__ import annotations
 
-import math
-
 import torch
+from torch import Tensor
 
 from course import DEVICE, Wrong, exercise, near
 from course.exercises import Answer
 
-NEUTRAL = (torch.tensor([-math.inf]), torch.tensor([0.0]))
+INF = torch.inf
+IGNORED = -100
 
 
-@exercise(
-    "7.1", "merging two parts of a softmax", hint="m = maximum(m1, m2); s = s1 exp(m1 − m) + s2 exp(m2 − m); where m is −inf take s1 + s2"
-)
+def _pair(made: object, names: str) -> tuple[Tensor, Tensor]:
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise Wrong(f"the answer must return ({names}), two tensors")
+    return made
+
+
+def _alike(got: Tensor, other: Tensor, truth: Tensor) -> bool:
+    """Is an answer this other thing, and not the truth?"""
+    if got.shape != truth.shape:
+        return False
+    close = [torch.allclose(got.double().cpu(), t.double().cpu(), rtol=1e-4, atol=1e-6, equal_nan=True) for t in (other, truth)]
+    return close[0] and not close[1]
+
+
+@exercise("7.1", "merging two parts of a row", hint="m is the larger of the maxima; each sum is multiplied by exp(its own maximum − m)")
 def merge(answer: Answer) -> str | None:
-    z = torch.randn(4, 12, dtype=torch.float64) * 5
-    parts = [(p.max(1).values, (p - p.max(1, keepdim=True).values).exp().sum(1)) for p in (z[:, :3], z[:, 3:4], z[:, 4:])]
-    m, s = answer(answer(parts[0], parts[1]), parts[2])
-    why = "Each sum must be brought to the new maximum first: times exp(its maximum − the new one)."
-    near("m", m, z.max(1).values, why="m is the larger of the two.")
-    near("m + log s", m + s.log(), z.logsumexp(1), rounding=16, why=why)
-    again = answer(parts[0], answer(parts[2], parts[1]))
-    near("m + log s in another grouping", again[0] + again[1].log(), z.logsumexp(1), rounding=16, why=why)
-    one = (torch.tensor([3.0]), torch.tensor([2.0]))
-    for a, b, want in ((one, NEUTRAL, one), (NEUTRAL, one, one), (NEUTRAL, NEUTRAL, NEUTRAL)):
-        got = answer(a, b)
-        if bool(got[1].isnan().any()) or bool(got[0].isnan().any()):
-            raise Wrong("(−inf, 0) merged gives NaN: −inf − (−inf). Where the new maximum is −inf, no exponential is needed")
-        if not (torch.equal(got[0], want[0]) and torch.allclose(got[1], want[1])):
-            raise Wrong(f"(−inf, 0) must be neutral: got {tuple(float(t) for t in got)}, expected {tuple(float(t) for t in want)}")
-    return "Associative, with a neutral element."
+    def ask(what: str, left: Tensor, right: Tensor, why: str) -> None:
+        parts = [(a.amax(1), torch.exp(a - a.amax(1, keepdim=True)).sum(1)) for a in (left, right)]
+        kept = [t.clone() for pair in parts for t in pair]
+        m, s = _pair(answer(*parts[0], *parts[1]), "m, s")
+        if not all(torch.equal(t, k) for t, k in zip((t for pair in parts for t in pair), kept, strict=True)):
+            raise Wrong("an input was overwritten: a part may be merged again elsewhere")
+        row = torch.cat((left, right), 1).double()
+        top = row.amax(1)
+        near(f"m of {what}", m, top, rounding=0.5, why="It is the maximum of both parts.")
+        truth = torch.exp(row - top[:, None]).sum(1)
+        if isinstance(s, Tensor) and _alike(s, parts[0][1] + parts[1][1], truth):
+            raise Wrong(
+                f"s of {what} is s₁ + s₂: the two are in different units, exp(m₁) and exp(m₂). Bring both to exp(m) before you add them"
+            )
+        # exp of a difference d of fp32 numbers is off by |d| roundings; here |d| < 16 where it matters
+        near(f"s of {what}", s, truth, rounding=32, why=why)
+
+    def a(size: int, at: float = 0.0) -> Tensor:
+        return torch.randn(6, size, device=DEVICE) + at
+
+    ask("two parts with the same maximum", torch.zeros(3, 4, device=DEVICE), torch.zeros(3, 2, device=DEVICE), "Count: 4 ones and 2 ones.")
+    ask("parts of 5 and 9 columns", a(5), a(9, 2.0), "Which of the two sums is multiplied by which factor?")
+    ask("parts of 9 and 5 columns", a(9, 2.0), a(5), "The first part may have the larger maximum, or the second.")
+    ask("logits near 300", a(5, 300.0), a(7, 299.0), "exp(300) is inf in fp32: exp of a difference from the maximum only.")
+    empty = (torch.full((2,), -INF, device=DEVICE), torch.zeros(2, device=DEVICE))
+    some = (torch.tensor([3.0, -4.0], device=DEVICE), torch.tensor([1.5, 2.5], device=DEVICE))
+    for name, first, second, want in (
+        ("(−∞, 0) and a part", empty, some, some),
+        ("a part and (−∞, 0)", some, empty, some),
+        ("(−∞, 0) and (−∞, 0)", empty, empty, empty),
+    ):
+        m, s = _pair(answer(*first, *second), "m, s")
+        near(f"m of {name}", m, want[0].double(), rounding=0.5)
+        near(f"s of {name}", s, want[1].double(), rounding=2, why="−∞ − (−∞) is NaN: where m is −∞, subtract 0 instead.")
+    return "Right, also for parts without a possible class: (−∞, 0) is the neutral pair."
+
+
+def _rows(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and log-sum-exp in fp64, 0 where the target is ignored."""
+    counted = target != IGNORED
+    a = logits.double().where(counted[:, None], 0.0)
+    lse = torch.logsumexp(a, 1)
+    loss = lse - a.gather(1, target.clamp(min=0)[:, None]).squeeze(1)
+    return loss.where(counted, 0.0), lse.where(counted, 0.0)
 
 
 @exercise(
     "7.2",
-    "the loss of a row in one pass",
-    hint="m = −inf, s = 0; a block with other=−inf; new = max(m, max(block)); s = s exp(m − new) + sum(exp(block − new)); lse = m + log(s)",
+    "losses in one pass over each row",
+    hint="m = −inf, s = 0; for each block: new = max(m, max(a)); s = s · exp(m − new) + sum(exp(a − new)); m = new",
 )
-def loss(answer: Answer) -> str | None:
-    def ask(what: str, z: torch.Tensor, target: torch.Tensor, why: str = "") -> None:
-        kept = z.clone()
-        got = answer(z, target)
-        if not (isinstance(got, tuple | list) and len(got) == 2):
-            raise Wrong("return (loss, lse)")
-        if not torch.equal(z.nan_to_num(7), kept.nan_to_num(7)):
-            raise Wrong("the logits were changed")
-        counts = target != -100
-        lse = z.double().logsumexp(1)
-        truth = lse - z.double().gather(1, target.clamp(min=0)[:, None])[:, 0]
-        near(f"lse of {what}", got[1][counts], lse[counts], rounding=16, why=why)
-        near(f"the loss of {what}", got[0][counts], truth[counts], rounding=64, why=why)
-        if bool((got[0][~counts] != 0).any()):
-            raise Wrong(
-                f"the loss of ignored rows of {what} is {got[0][~counts].tolist()}, expected 0: a target of −100 is no column, and such a row may hold NaN"
-            )
+def losses(answer: Answer) -> str | None:
+    def ask(what: str, logits: Tensor, target: Tensor, why: str) -> None:
+        kept = logits.clone()
+        loss, lse = _pair(answer(logits, target, IGNORED), "loss, lse")
+        if not torch.equal(kept.nan_to_num(7.0), logits.nan_to_num(7.0)):
+            raise Wrong("the logits were overwritten: this function only reads them")
+        want_loss, want_lse = _rows(logits, target)
+        counted = (target != IGNORED).cpu()
+        if isinstance(loss, Tensor) and loss.shape == want_loss.shape and bool((loss.cpu()[~counted] != 0).any()):
+            raise Wrong(f"{what}: a row whose target is ignored has loss 0, whatever its logits; got {loss.cpu()[~counted].tolist()}")
+        near(f"lse of {what}", lse, want_lse, rounding=8, why=why)
+        # loss is a difference of two numbers of lse's size: it carries the rounding of those
+        size = want_lse.abs().amax() + kept.nan_to_num(0.0, 0.0, 0.0).abs().amax().double()
+        if float((loss.double() - want_loss).abs().max()) > 8 * 2**-24 * float(size) + 1e-6:
+            near(f"loss of {what}", loss, want_loss, rounding=8, why="loss = lse − the target's logit")
 
-    def make(n: int, v: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.randn(n, v, device=DEVICE) * 3, torch.randint(v, (n,), device=DEVICE)
+    def a(n: int, v: int) -> Tensor:
+        return torch.randn(n, v, device=DEVICE)
 
-    ask("rows of one block", *make(4, 16))
-    z, target = make(3, 50)
+    def y(n: int, v: int) -> Tensor:
+        return torch.randint(v, (n,), device=DEVICE)
+
+    ask("3 rows of 8 columns", a(3, 8), y(3, 8), "Columns beyond the row must add nothing: load them as −inf, as exp(−inf) = 0.")
+    ask("2 rows of 129 columns", a(2, 129), y(2, 129), "Three blocks of 64: is the running sum carried from each to the next?")
+    rising = torch.linspace(-20, 20, 150, device=DEVICE).repeat(2, 1)
+    ask("rising logits", rising, y(2, 150), "The maximum grows from block to block: the old sum must be multiplied by exp(m − new).")
+    ask("falling logits", rising.flip(1).contiguous(), y(2, 150), "The maximum never changes after the first block: nothing to rescale.")
+    ask("logits near 300", a(2, 70) + 300, y(2, 70), "exp(300) overflows: subtract the running maximum first.")
+    masked = a(2, 140)
+    masked[:, :70] = -INF
     ask(
-        "rows of 50 in blocks of 16",
-        z,
-        target,
-        "A row is several blocks: s must be shrunk when the maximum rises, and columns beyond the row must be −inf in it.",
+        "70 impossible classes first",
+        masked,
+        y(2, 70) + 70,
+        "The first block is −inf alone: there −inf − (−inf) is NaN, so subtract 0 there.",
     )
-    ask("rows of 50, all near −40", z - 40, target, "columns beyond the row must be −inf in it.")
-    ask(
-        "rows that rise to 200",
-        torch.linspace(0, 200, 50, device=DEVICE).repeat(2, 1),
-        target[:2],
-        "exp overflows unless the maximum is taken off first.",
-    )
-    z, target = make(4, 33)
-    target[1] = -100
-    z[1] = math.nan
-    ask("rows of which one is ignored", z, target)
-    return "One pass, any width, and ignored rows are 0."
+    ask("rows that are 90 apart", a(4, 90)[:, :65], y(4, 65), "Row n starts at n · stride, not at n · V.")
+    hostile = a(4, 20)
+    hostile[1], hostile[2] = torch.nan, INF
+    ask("ignored rows of NaN and inf", hostile, torch.tensor([3, IGNORED, IGNORED, 19], device=DEVICE), "Branch on the target.")
+    ask("bf16", a(3, 100).bfloat16(), y(3, 100), "Widen what you load to fp32.")
+    return "Right for every order of the logits, for masked classes and for ignored rows."
 
 
 @exercise(
-    "7.3", "the gradient of cross entropy", hint="p = exp(z − lse); dz = g (p − 1 where the column is the target); 0 where target is −100"
+    "7.3", "the gradient in place", hint="da = dloss (exp(a − lse) − [j = y]), stored where a was loaded; 0 for an ignored row, by tl.where"
 )
 def gradient(answer: Answer) -> str | None:
-    for n, v in ((3, 16), (4, 37)):
-        z, target, g = torch.randn(n, v, device=DEVICE) * 3, torch.randint(v, (n,), device=DEVICE), torch.rand(n, device=DEVICE) + 0.5
-        target[1] = -100
-        z[1] = math.nan
-        lse = z.double().logsumexp(1)
-        hot = torch.nn.functional.one_hot(target.clamp(min=0), v).double()
-        p = (z.double() - lse[:, None]).exp()
-        truth = torch.where((target != -100)[:, None], g.double()[:, None] * (p - hot), 0.0)
-        got = answer(z, target, lse.float(), g)
-        if isinstance(got, torch.Tensor) and got.shape == truth.shape:
-            if bool(got[1].isnan().any()):
-                raise Wrong("the ignored row's gradient is NaN: 0 · NaN is NaN. Choose by `tl.where`, or store zeros")
-            d = got.double()
-            for wrong, why in (
-                (p - hot, "g is missing: the upstream gradient is not always 1."),
-                (g.double()[:, None] * p, "Minus 1 at the target is missing."),
-                (g.double()[:, None] * p - hot, "g multiplies both parts, the 1 at the target too."),
-            ):
-                if torch.allclose(d[0], wrong[0], atol=1e-5) and not torch.allclose(d[0], truth[0], atol=1e-5):
-                    raise Wrong(why)
-        near(f"dz of {n} x {v}", got, truth, rounding=64)
-    return "Right for any upstream gradient; ignored rows are 0."
+    def ask(what: str, logits: Tensor, target: Tensor, dloss: Tensor, why: str = "") -> None:
+        _, lse = _rows(logits, target)
+        n, v = logits.shape
+        one_hot = torch.zeros(n, v, dtype=torch.float64, device=DEVICE)
+        one_hot[torch.arange(n, device=DEVICE), target.clamp(min=0)] = 1.0
+        p, g = torch.exp(logits.double() - lse[:, None]), dloss.double()[:, None]
+        counted = (target != IGNORED)[:, None]
+        truth = (g * (p - one_hot)).where(counted, 0.0)
+        got = answer(logits, target, lse.float(), dloss, IGNORED)
+        if not isinstance(got, Tensor):
+            raise Wrong("the answer must return the logits, which are their gradient now")
+        for other, words in (
+            (p - one_hot, "It is the gradient of the sum of the losses: each row's must be multiplied by its dloss."),
+            (g * p - one_hot, "dloss multiplies exp(a − lse) alone: it multiplies the −1 at the target, too."),
+            (g * p, "The target's column lacks its −1."),
+            (-truth, "It has the wrong sign: at the target it is p − 1, below 0."),
+        ):
+            if _alike(got, other.where(counted, 0.0), truth):
+                raise Wrong(f"the gradient of {what}: {words}")
+        if bool(got[(target == IGNORED)].isnan().any()):
+            raise Wrong(
+                f"the gradient of {what} is NaN in an ignored row: 0 · NaN is NaN, so choose by tl.where instead of multiplying by 0"
+            )
+        # p is off by |a − lse| roundings of fp32, at most 20 here; bf16 has one rounding of its own
+        near(f"the gradient of {what}", got, truth, rounding=1.1 if logits.dtype is torch.bfloat16 else 40, why=why)
+        if got.data_ptr() != logits.data_ptr():
+            raise Wrong("it is right, but in new memory: the gradient must be written where the logits were")
+
+    def a(n: int, v: int) -> Tensor:
+        return torch.randn(n, v, device=DEVICE)
+
+    ones = torch.ones(3, device=DEVICE)
+    ask("3 rows of 8 columns, dloss = 1", a(3, 8), torch.tensor([0, 7, 3], device=DEVICE), ones)
+    uneven = torch.tensor([0.5, -2.0, 0.0], device=DEVICE)
+    ask("dloss = 0.5, −2, 0", a(3, 70), torch.tensor([0, 69, 3], device=DEVICE), uneven)
+    wide = a(3, 90)
+    beside = wide[:, 65:].clone()
+    ask("a slice, rows 90 apart", wide[:, :65], torch.tensor([0, 64, 3], device=DEVICE), uneven, "Row n starts at n · stride.")
+    if not torch.equal(beside, wide[:, 65:]):
+        raise Wrong("columns beyond the row were written to: they are a neighbour's. The store needs mask=j < V")
+    hostile = a(3, 20)
+    hostile[1] = torch.nan
+    ask("a row of NaN whose target is ignored", hostile, torch.tensor([3, IGNORED, 19], device=DEVICE), ones)
+    ask("bf16", a(3, 100).bfloat16(), torch.tensor([99, 0, 3], device=DEVICE), uneven, "Compute in fp32, round at the store.")
+    return "Right, in the logits' own memory, and no neighbour was touched."
+
+
+@exercise(
+    "7.4",
+    "a loss that its logits are donated to",
+    hint="forward: turn_, then increment_version(logits), then save them. backward: a new tensor, saved · dloss, every time",
+)
+def donated(answer: Answer) -> str | None:
+    def start(seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        torch.manual_seed(seed)
+        leaf = torch.randn(5, 12, device=DEVICE).requires_grad_()
+        target = torch.tensor([0, 11, IGNORED, 4, 4], device=DEVICE)
+        return leaf, leaf * 1.0, target  # a product with a number needs no logits for its own backward
+
+    leaf, logits, target = start()
+    before = logits.detach().clone()
+    wide = leaf.detach().double().requires_grad_()
+    truth = torch.nn.functional.cross_entropy(wide, target)
+    (gradient,) = torch.autograd.grad(truth, wide)
+    loss = answer(logits, target)
+    near("the loss", loss, truth, rounding=16, why="It is the sum of the losses over the number of targets that count.")
+    if torch.equal(before, logits.detach()):
+        raise Wrong("the logits are as they were: forward was to make their gradient in their own memory, and hold nothing beside it")
+    (got,) = torch.autograd.grad(loss, leaf)
+    near("the gradient", got, gradient, rounding=40)
+
+    leaf, logits, target = start()
+    (got,) = torch.autograd.grad(answer(logits, target) / 8, leaf)
+    if _alike(got, gradient, gradient / 8):
+        raise Wrong("the gradient of loss / 8 is that of loss: backward's dloss, 0.125 there, must multiply what forward made")
+    near("the gradient of loss / 8", got, gradient / 8, rounding=40)
+
+    leaf, logits, target = start()
+    third = answer(logits, target) / 3
+    (first,) = torch.autograd.grad(third, leaf, retain_graph=True)
+    (again,) = torch.autograd.grad(third, leaf)
+    if _alike(again, gradient / 9, gradient / 3) or _alike(first, gradient / 9, gradient / 3):
+        raise Wrong(
+            "two backwards of loss / 3 through one graph: the second is scaled twice, by 1/9. What forward made must stay as it is: "
+            "return a new tensor"
+        )
+    near("the gradient of a second backward", again, gradient / 3, rounding=40)
+
+    leaf, logits, target = start()
+    neighbour = logits.square().sum()  # keeps the logits for its own backward
+    both = answer(logits, target) + neighbour
+    try:
+        both.backward()
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+    else:
+        raise Wrong(
+            "somebody else kept the logits for a backward, and got a wrong gradient in silence: a kernel's write is not seen by autograd. "
+            "Tell it: torch.autograd.graph.increment_version(logits)"
+        )
+    return "Right for any upstream gradient, any number of times; and whoever kept the logits hears of it."
