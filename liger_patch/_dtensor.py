@@ -11,7 +11,7 @@ from itertools import accumulate
 from operator import mul
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Size, Tensor
 from torch.distributed import is_available
 
 from ._sharded_head import is_sharded
@@ -55,10 +55,10 @@ def on_parts(function: Callable[..., Tensor], inputs: Sequence[Any], weights: Se
     x = inputs[0]
     mesh, placements = x.device_mesh, x.placements
     sums = tuple(Partial() if type(p) is Shard else Replicate() for p in placements)
-    mine = [t.to_local(grad_placements=placements) for t in inputs]
+    mine = [t.to_local() for t in inputs]
     whole = [w if w is None else w.to_local(grad_placements=sums) for w in weights]
     y = function(*mine, *whole).contiguous()
     # Said here, since parts may be unlike: a packed function's last axis is shorter than its input's, and whole.
-    shape = x.shape if y.shape[-1] == mine[0].shape[-1] else (*x.shape[:-1], y.shape[-1])
+    shape = x.shape if y.shape[-1] == mine[0].shape[-1] else Size((*x.shape[:-1], y.shape[-1]))
     stride = tuple(accumulate((max(n, 1) for n in reversed(shape[1:])), mul, initial=1))[::-1]
     return DTensor.from_local(y, mesh, placements, run_check=False, shape=shape, stride=stride)

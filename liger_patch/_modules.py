@@ -87,10 +87,10 @@ class GLUForward(Forward):
         options = _OPTIONS.get(self.act, {})
         if spec.gate_multiplier:
             options = options | {"gate_multiplier": getattr(module, spec.gate_multiplier)}
-        if spec.packed:
-            y = _middle(f"{self.op}_packed", (getattr(module, spec.packed)(x),), options)
-        elif self.act == "relu_squared":
+        if self.act == "relu_squared":
             y = _middle(self.op, (getattr(module, spec.up)(x),), options)
+        elif spec.packed:
+            y = _middle(f"{self.op}_packed", (getattr(module, spec.packed)(x),), options)
         else:
             y = _middle(self.op, (getattr(module, spec.gate)(x), getattr(module, spec.up)(x)), options)
         y = getattr(module, spec.down)(y)
@@ -99,15 +99,14 @@ class GLUForward(Forward):
 
 
 def _middle(op: str, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> Tensor:
-    """A function of what the projections made. DTensors of which no rank's parts are enough are left to its definition, in plain PyTorch."""
-    function = getattr(liger_fn, op)
+    """A function of what the projections made; its definition, in plain PyTorch, of DTensors that no rank can do its part of alone."""
+    function: Callable[..., Tensor] = getattr(liger_fn, op)
     if not is_sharded(inputs[0]):
-        y: Tensor = function(*inputs, **options)
-        return y
+        return function(*inputs, **options)
     if in_parts(op, inputs):
         return on_parts(partial(function, **options), inputs)
-    y = function.reference(*inputs, **options)
-    return y
+    definition: Callable[..., Tensor] = getattr(liger_fn, op).reference
+    return definition(*inputs, **options)
 
 
 def act_of(function: Callable[[Tensor], Tensor]) -> str | None:

@@ -9,16 +9,28 @@
 # at it as a whole, as lesson 4 did.
 
 # %%
-import course  # before triton
 import inspect
 
+import course  # before triton
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+import liger_fn
+from liger_fn import _loss_kernel, _loss_parts
+
 torch.manual_seed(0)
 DEVICE = course.DEVICE
+
+
+def show_lines(function, first, last):
+    """The lines of a function of the library, from the one that begins with `first` to the one that begins with `last`."""
+    lines = inspect.getsource(function).splitlines()
+    a = next(i for i, line in enumerate(lines) if line.strip().startswith(first))
+    b = next(i for i, line in enumerate(lines) if i >= a and line.strip().startswith(last))
+    print("\n".join(lines[a : b + 1]))
+
 
 # %% [markdown]
 # ## A softmax in parts
@@ -63,7 +75,7 @@ x = range(6)
 axes[1].bar(x, [h[0] for h in history], color=course.PALETTE[3], width=0.25, label="sum before")
 axes[1].bar([i + 0.27 for i in x], [h[1] for h in history], color=course.PALETTE[0], width=0.25, label="the same, rescaled")
 axes[1].bar([i + 0.54 for i in x], [h[2] for h in history], color=course.PALETTE[2], width=0.25, label="this block's")
-axes[1].set(title="what is merged", xlabel="block", ylim=(0, 8.5))
+axes[1].set(title="what is merged", xlabel="block", ylim=(0, 5))
 axes[1].legend(fontsize=8, ncols=3, loc="upper left")
 print(f"in blocks: {m + float(torch.log(s)):.6f}    torch.logsumexp: {float(torch.logsumexp(row, 0)):.6f}")
 fig
@@ -86,12 +98,13 @@ course.check("7.1", merge)
 
 # %% [markdown]
 # The library merges pairs in four places: a thread merges blocks, a program merges its threads, a kernel merges the tiles of a matrix
-# product, and GPUs merge their slices of a vocabulary. It is the same formula each time. Here is the last, in PyTorch: `parts` holds what each
-# of the GPUs has sent, `tops` are their $m_r$ and `rests` their $\log s_r$, so $e^{m_r - m + \log s_r}$ is one merged term. Look for
-# `torch.where(tops == top, 0.0, tops - top)`: where both are $-\infty$, it says 0 instead of NaN.
+# product, and GPUs merge their slices of a vocabulary. It is the same formula each time. Here is the last, in PyTorch. `parts` holds what each
+# GPU has sent; `tops` are their $m_r$ and `rests` their $\log s_r$, `[GPUs, n]`, so that `e` is $e^{m_r - m + \log s_r} = s_r e^{m_r - m}$, and
+# `e.sum(0)` merges them all at once. `fall` is $m_r - m$; where both are $-\infty$, it says 0 instead of NaN. (`gap`, `others` and `log1p`
+# keep the digits of a small loss: that is explained below. `spreads` serves label smoothing.)
 
 # %%
-course.show_source("_loss_parts.py", "joined")
+show_lines(_loss_parts.joined, "tops, rests =", "rest =")
 
 # %% [markdown]
 # ## One pass over a row
@@ -153,17 +166,6 @@ course.check("7.2", losses)
 # The library's kernel serves losses with weights, smoothing, caps and slices of a vocabulary, and is long. Here is its loop over blocks.
 
 # %%
-from liger_fn import _loss_kernel
-
-
-def show_lines(function, first, last):
-    """The lines of a function from the one that begins with `first` to the one that begins with `last`."""
-    lines = inspect.getsource(function).splitlines()
-    a = next(i for i, line in enumerate(lines) if line.strip().startswith(first))
-    b = next(i for i, line in enumerate(lines) if i >= a and line.strip().startswith(last))
-    print("\n".join(lines[a : b + 1]))
-
-
 show_lines(_loss_kernel._loss_rows_kernel.fn, "for i in range(1, blocks)", "rest = ")
 
 # %% [markdown]
@@ -185,18 +187,18 @@ show_lines(_loss_kernel._loss_rows_kernel.fn, "for i in range(1, blocks)", "rest
 gaps = torch.linspace(2, 34, 65)
 rows = torch.zeros(65, 512) + 0.1 * torch.randn(512)
 rows[:, 7] = gaps
-truth = -torch.log_softmax(rows.double(), 1)[:, 7]
+others = torch.exp(rows.double() - rows[:, 7:8].double())
+others[:, 7] = 0.0
+truth = torch.log1p(others.sum(1))  # in fp64: also there the difference would lose its digits, only later
 as_difference = torch.logsumexp(rows, 1) - rows[:, 7]
-import liger_fn
-
 seven = torch.full((65,), 7, device=DEVICE)
 ours = liger_fn.cross_entropy(rows.to(DEVICE), seven, reduction="none").cpu()
 fig, ax = course.figure(7.5, 3)
 for name, got, colour in (("lse − a_y", as_difference, course.PALETTE[0]), ("liger_fn: log1p of the others", ours, course.PALETTE[1])):
     ax.plot(gaps, ((got.double() - truth).abs() / truth).clamp(min=1e-9), label=name, color=colour)
-ax.set(yscale="log", xlabel="the target's logit, the others near 0", ylabel="relative error of the loss", title="all digits are lost, or none")
+ax.set(yscale="log", xlabel="the target's logit, the others near 0", ylabel="relative error", title="digits of the loss: all lost, or none")
 ax.axhline(1, color=course.INK, linewidth=0.6, linestyle=":")
-ax.legend(loc="center left")
+ax.legend(loc="upper left", bbox_to_anchor=(0, 0.95))
 fig
 
 # %% [markdown]
@@ -247,7 +249,9 @@ course.check("7.3", gradient_)
 # The library's second half of the kernel. `scale` is the upstream gradient over the divisor of the mean, read from memory: the host never needs
 # to know either. `tl.where(legal, scale, nan)` makes a target that is no word loud instead of wrong. The walk goes *backwards* (`home - i`):
 # what the first walk read last is still in the L2 cache. The target's block comes last, and its element is `expm1(x)`, $p_y - 1$ without
-# the digits that 1 would swallow. `.cs` tells the cache that nobody reads the stored gradient soon.
+# the digits that 1 would swallow. `.cs` tells the cache that nobody reads the stored gradient soon. Weights, smoothing, z-loss and caps have
+# names of their own here; for the plain loss `mass` is 1, so `factor` is `scale`, `pull`, `whole` and `share` are 0, and `bend` is None.
+# `_gradient` loads a block and returns `exp(a − top − rest) · factor`.
 
 # %%
 show_lines(_loss_kernel._loss_rows_kernel.fn, "if grad_ptr is not None", "tl.store(g_at + col")
@@ -259,14 +263,12 @@ show_lines(_loss_kernel._loss_rows_kernel.fn, "if grad_ptr is not None", "tl.sto
 # counts its in-place changes in `_version`, autograd notes the count when it saves a tensor for a backward, and compares it later. But
 # only PyTorch's own operations count. A kernel gets an address. Predict what the last two lines print:
 
+
 # %%
-from liger_fn._loss_kernel import kernel_rows
-
-
 def turn_(logits, target, count):
     """Losses `[N]`; the logits become the gradient of their sum over `count`. The library's kernel, in place."""
     loss, stats = logits.new_empty(len(logits)), logits.new_empty(len(logits), 2)
-    kernel_rows(logits.detach(), target, -100, stats=stats, loss=loss, grad=logits.detach(), divisor=count)
+    _loss_kernel.kernel_rows(logits.detach(), target, -100, stats=stats, loss=loss, grad=logits.detach(), divisor=count)
     return loss
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -22,12 +25,29 @@ from torch.distributed.tensor.parallel import (
 )
 from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
+from transformers.models.llama import modeling_llama
 
+import liger_fn
 import liger_patch
+from liger_patch._modules import NormForward
 from liger_patch._sharded_head import split as parts
+from liger_patch._spec import Norm
 from tests.engines import memory
 from tests.engines.ranks import Check, Rank
-from tests.engines.training import FUSED, LOGITS, SHARDED, Share, alone, batch, losses_by, patched_and_wrapped, the_same, together, whole_of
+from tests.engines.training import (
+    FUSED,
+    LOGITS,
+    SHARDED,
+    STEPS,
+    Share,
+    alone,
+    batch,
+    losses_by,
+    patched_and_wrapped,
+    the_same,
+    together,
+    whole_of,
+)
 from tests.liger_patch.models import llama
 from tests.memory import arguments, budget_in, failing, scarce, summed, trained
 
@@ -59,6 +79,11 @@ def sequences(**row_options: Any) -> dict[str, ParallelStyle]:
     }
 
 
+def dtensors_in_between() -> dict[str, ParallelStyle]:
+    """The same, and an MLP's middle of DTensors."""
+    return sequences() | {f"model.layers.*.mlp.{name}": ColwiseParallel(use_local_output=False) for name in ("gate_proj", "up_proj")}
+
+
 def with_head(style: Callable[..., ParallelStyle], **options: Any) -> dict[str, ParallelStyle]:
     return projections() | {"lm_head": style(**options)}
 
@@ -82,6 +107,7 @@ ENGINES = {
     "split vocabulary, uneven": Engine(gathered, options={"vocab_size": 131}),
     "split vocabulary, logits left in parts": Engine(partial(with_head, ColwiseParallel, use_local_output=False)),
     "split vocabulary, tokens split": Engine(sequences),
+    "split vocabulary, tokens split, DTensors in between": Engine(dtensors_in_between),
     "head split along its input": Engine(partial(with_head, RowwiseParallel, input_layouts=Replicate()), LOGITS),
 }
 
@@ -90,9 +116,32 @@ def split(model: nn.Module, plan: Plan, mesh: Any = None) -> nn.Module:
     return parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)) if mesh is None else mesh, plan())
 
 
+@contextmanager
+def fused(model: Any, steps: int = STEPS) -> Iterator[None]:
+    """In this block, the norms and MLPs of so many forwards are liger_fn's, on what the rank has of their inputs, and none its class's."""
+    norms, mlps = 2 * len(model.model.layers) + 1, len(model.model.layers)
+    calls = {"rms_norm": 0, "swiglu": 0, "LlamaRMSNorm": 0, "LlamaMLP": 0}
+
+    def counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            assert hasattr(modeling_llama, name) or not any(isinstance(value, DTensor) for value in args)
+            return original(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("rms_norm", "swiglu"):
+            patch.setattr(liger_fn, name, counting(name, getattr(liger_fn, name)))
+        for cls in (modeling_llama.LlamaRMSNorm, modeling_llama.LlamaMLP):
+            patch.setattr(cls, "forward", counting(cls.__name__, cls.forward))
+        yield
+    assert calls == {"rms_norm": steps * norms, "swiglu": steps * mlps, "LlamaRMSNorm": 0, "LlamaMLP": 0}
+
+
 def trains_as_one_process(on: Rank, engine: Engine, when: str) -> None:
     model: Any = patched_and_wrapped(partial(split, plan=engine.plan), when, **engine.options)
-    with losses_by(engine.loss):
+    with losses_by(engine.loss), fused(model):
         got = together(model, Share())
     the_same(got, alone(**engine.options), **engine.options)
     weight = model.lm_head.weight
@@ -190,9 +239,50 @@ def as_transformers_loads_it(on: Rank) -> None:
     model: Any = LlamaForCausalLM.from_pretrained(where, distributed_config=DistributedConfig(tp_size=on.size)).train()
     assert isinstance(model.lm_head.weight, DTensor)
     liger_patch.auto(model)
-    with losses_by(SHARDED):
+    with losses_by(SHARDED), fused(model):
         got = together(model, Share())
     the_same(got, alone())
+
+
+def norms_are_of_the_whole(on: Rank, mesh: Callable[[], DeviceMesh], cuts: Iterable[tuple[Placement, ...]]) -> None:
+    """Values and gradients, by the function where a rank's rows are whole, whatever their number, and by the norm's own code elsewhere.
+
+    Of 5 tokens the ranks have unlike many, of one some have none.
+    """
+    over = mesh()
+    for cut, tokens in product(cuts, (5, 1)):
+        for name, make in (("rms_norm", modeling_llama.LlamaRMSNorm), ("layer_norm", nn.LayerNorm)):
+            numbers = torch.Generator().manual_seed(0)
+            draw = partial(torch.randn, generator=numbers)
+            stock: Any = make(8)
+            for key in dict(stock.named_parameters()):
+                setattr(stock, key, nn.Parameter(draw(8)))
+            ours: Any = deepcopy(stock)
+            for key, p in stock.named_parameters():
+                setattr(ours, key, nn.Parameter(distribute_tensor(p.detach(), over)))
+            kind, eps = ("rms", "variance_epsilon") if name == "rms_norm" else ("layer", "eps")
+            NormForward(ours, Norm(make.__name__, kind=kind), eps).install()  # type: ignore[arg-type]
+            x, dy = draw(3, tokens, 8).requires_grad_(), draw(3, tokens, 8)
+            mine: Any = distribute_tensor(x.detach(), over, cut).requires_grad_()
+            with pytest.MonkeyPatch.context() as patch:
+                calls: list[str] = []
+                function, theirs = getattr(liger_fn, name), make.forward
+                patch.setattr(liger_fn, name, lambda *a, f=function, c=calls, **k: (c.append("fused"), f(*a, **k))[1])
+                patch.setattr(make, "forward", lambda *a, f=theirs, c=calls: (c.append("stock"), f(*a))[1])
+                y = ours(mine)
+            assert calls == ["stock" if Shard(2) in cut else "fused"], (cut, calls)
+            y.backward(distribute_tensor(dy, over, cut))
+            expected = stock(x)
+            expected.backward(dy)
+            close = partial(torch.testing.assert_close, rtol=1e-5, atol=5e-6)  # fp32, of sums of 15 numbers near 1
+            close(y.full_tensor(), expected)
+            close(mine.grad.full_tensor(), x.grad)
+            for key, p in stock.named_parameters():
+                close(getattr(ours, key).grad.full_tensor(), p.grad)
+
+
+def line() -> DeviceMesh:
+    return init_device_mesh("cpu", (dist.get_world_size(),))
 
 
 CHECKS: dict[str, Check] = {
@@ -211,5 +301,6 @@ CHECKS: dict[str, Check] = {
         for name in ("linear_cross_entropy", "linear_log_prob", "linear_distill")
         for when in ("forward", "backward")
     },
+    "norms_are_of_the_whole": partial(norms_are_of_the_whole, mesh=line, cuts=[(Shard(1),), (Replicate(),), (Shard(2),)]),
     "as_transformers_loads_it": as_transformers_loads_it,
 }

@@ -49,7 +49,7 @@ def product(answer: Answer) -> str | None:
 
 @exercise("2.3", "the floor", hint="max(bytes / (bandwidth · 1e9), flops / (compute · 1e12)), times 1e6")
 def floor_us(answer: Answer) -> str | None:
-    for moved, flops, bandwidth, compute in ((134e6, 1e6, 3000.0, 700.0), (1e6, 1e12, 3000.0, 700.0), (3e9, 7e11, 3000.0, 700.0)):
+    for moved, flops, bandwidth, compute in ((134e6, 1e9, 3000.0, 700.0), (1e8, 1e12, 3000.0, 700.0), (3e9, 3e11, 1500.0, 700.0)):
         memory, arithmetic = moved / bandwidth / 1e3, flops / compute / 1e6
         got = answer(moved, flops, bandwidth, compute)
         if abs(got - memory - arithmetic) < 1e-6 * got:
