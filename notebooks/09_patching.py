@@ -91,9 +91,7 @@ course.check("9.2", proved)
 # projections called. `liger_patch` has these as entries:
 
 # %%
-course.show_source("archs/gemma.py", "ARCHS", package="liger_patch") if "ARCHS" in (
-    course.ROOT / "liger_patch/archs/gemma.py"
-).read_text() else print("\n".join((course.ROOT / "liger_patch/archs/gemma.py").read_text().splitlines()[:40]))
+print("\n".join((course.ROOT / "liger_patch/archs/gemma.py").read_text().splitlines()[:40]))
 
 # %% [markdown]
 # **A model of your own.** Built like Llama, with a norm and an MLP that no entry knows: the weight is called `scale` and stored around 0, the
@@ -126,10 +124,8 @@ def entry(model_type):
 course.check("9.3", entry)
 
 # %% [markdown]
-# The library can find such an entry itself: it tries what an entry can say, and keeps what it can prove.
-
-# %%
-print(liger_patch.suggest(model))
+# The library can find such an entry itself: `print(liger_patch.suggest(model))` tries what an entry can say, keeps what it can prove, and
+# writes the line to add. It takes half a minute, so it is not run here.
 
 # %% [markdown]
 # ## The proof at work
