@@ -18,18 +18,18 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map
-
-import liger_fn
 import thunder
+import torch
 from thunder.core import prims
 from thunder.core.devices import to_device, to_torch_device
 from thunder.core.dtypes import to_dtype, to_torch_dtype
 from thunder.core.proxies import NumberProxy, TensorProxy
 from thunder.extend import OperatorExecutor, add_default_executor, register_executor
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import liger_fn
 
 from ._backend import Backend, choose
 from ._vjp import Needs, Op
