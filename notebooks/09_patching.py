@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import liger_fn
 import liger_patch
 
 transformers.logging.set_verbosity_error()
