@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import liger_fn
 
-torch.manual_seed(0)
+_ = torch.manual_seed(0)
 
 # %% [markdown]
 # ## A pair of pure functions
@@ -32,7 +32,8 @@ torch.manual_seed(0)
 #
 # $$(y, res) = fwd(a, b), \qquad (da, db) = bwd(res, dy).$$
 #
-# **Picture.** The Jacobian of an elementwise function of 8 numbers, and of softmax. Nobody builds such a matrix: a backward multiplies with it.
+# **Picture.** The Jacobian $\partial y / \partial x$ of an elementwise function of 8 numbers, and of softmax: $y_i$ in row $i$, $x_j$ in column
+# $j$. Which of the two needs a sum in its backward?
 
 # %%
 x = torch.randn(8, dtype=torch.float64)
@@ -44,6 +45,30 @@ for ax, (name, fn) in zip(axes, {"silu": F.silu, "softmax": lambda t: t.softmax(
     fig.colorbar(image, ax=ax, shrink=0.8)
     ax.set(title=f"∂y/∂x of {name}", xlabel="input", ylabel="output")
 fig
+
+# %% [markdown]
+# The elementwise one is a diagonal: each gradient is one product. Softmax fills the matrix: each gradient is a sum down a column. Either way
+# the backward is a row $dy^T$ times this matrix. Here is that product for softmax, and what `torch.func.vjp` gives.
+
+# %%
+dy = torch.randn(8, dtype=torch.float64)
+jacobian = torch.autograd.functional.jacobian(lambda t: t.softmax(0), x)
+dx = dy @ jacobian
+(by_vjp,) = torch.func.vjp(lambda t: t.softmax(0), x)[1](dy)
+print("the product and torch.func.vjp differ by at most", f"{float((dx - by_vjp).abs().max()):.0e}")
+fig, axes = course.figure(7, 2.6, columns=3)
+for ax, t, title in zip(axes, (dy[None], jacobian, dx[None]), ("dy, a row", "times ∂y/∂x", "is dx, a row"), strict=True):
+    limit = float(t.abs().max())
+    ax.imshow(t, cmap="RdBu", vmin=-limit, vmax=limit)
+    ax.set(title=title, xticks=[], yticks=[])
+fig
+
+# %% [markdown]
+# Nobody builds the matrix. For 8192 tokens of width 14336, as in a Llama 8B, how many numbers would it have? Count first.
+
+# %%
+n = 8192 * 14336
+print(f"{n:,} numbers in, as many out: a matrix of {n * n:.1e}")
 
 # %% [markdown]
 # ## SwiGLU
@@ -109,7 +134,7 @@ def forgot_the_product_rule(residuals, dy):
     return dy * up * s * (1 - s), dy * gate * s
 
 
-course.check("1.2", forgot_the_product_rule)
+course.check(key="1.2", answer=forgot_the_product_rule)
 
 # %% [markdown]
 # ## How do we know?
@@ -134,7 +159,7 @@ ax.legend()
 fig
 
 # %% [markdown]
-# At the best step fp64 gives ten digits, and fp32 four: too few to tell a right gradient from a nearly right one. So the **truth** in this
+# At the best step fp64 gives some eleven digits, and fp32 some five: too few to tell a right gradient from a nearly right one. So the **truth** in this
 # course is fp64, and a function in fp32 or bf16 is compared with that.
 #
 # **How near is near enough?** The library's rule: error at most that of plain PyTorch in the same dtype, plus one rounding of the result.
@@ -175,6 +200,15 @@ print("vmap(grad):", tuple(per_row.shape))
 course.show_source("glu.py", "_glu", "_reference")
 
 # %% [markdown]
+# What it makes of the pair, where nothing but plain autograd is at work. Read `forward` and `backward` below: `pairs[backend]` holds the pure
+# functions. `save_for_backward` keeps the residuals that are tensors, `ctx.rest` the others. `needs` says which gradients are wanted at all.
+# And where the graph is freed by this backward, `not keep_graph()` tells `bwd` that nobody reads what `fwd` computed again. (`seen` is the other
+# path, for compilers and transforms such as `vmap`.)
+
+# %%
+course.show_source("_vjp.py", "_lean")
+
+# %% [markdown]
 # ## Purity, and donation
 #
 # Why so strict? Autograd hands one tensor to many readers. If a backward writes over `gate` to save memory, the next reader of `gate` gets
@@ -192,17 +226,21 @@ print("expected:", torch.func.grad(lambda g: (g * g).sum() + F.silu(g).sum())(ga
 
 # %% [markdown]
 # No error, and a wrong gradient. Where memory must be reused, the caller has to say that nobody reads it again. JAX calls that **donation**;
-# here it is `donate=True`, and a second backward through what was donated is an error.
+# here it is `donate=True`. `swiglu`'s backward then writes `dgate` over `gate` where it may, and *raises its version*. So a second reader that
+# kept `gate` gets an error instead of a wrong number. Predict what each of the two lines prints:
 
 # %%
-leaf = torch.randn(4, 8, requires_grad=True)
-gate, up = (leaf * 1.0), torch.randn(4, 8)
-y = liger_fn.swiglu(gate, up, donate=True).sum()
-y.backward()
-try:
-    y.backward()
-except RuntimeError as error:
-    print("second backward:", str(error).split(".")[0])
+for donate in (False, True):
+    leaf, up = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8)
+    gate = leaf.clone()
+    square = (gate * gate).sum()  # the second reader
+    liger_fn.swiglu(gate, up, donate=donate).sum().backward()
+    try:
+        square.backward()
+        said = "the second reader has its gradient"
+    except RuntimeError as error:
+        said = str(error).split(":")[0]
+    print(f"donate={donate}: gate's version is {gate._version}; {said}")
 
 # %% [markdown]
 # ## Summary

@@ -81,9 +81,10 @@ def test_inputs_are_alike_and_weights_whole(mesh: DeviceMesh):
     assert in_parts("layer_norm", (x,), (weight, None))
     assert in_parts("layer_norm", (x,), (None, None))
     assert in_parts("swiglu", (x, make(4, 4, 8)))
-    for other in (x.to_local(), make(4, 8, 8), placed(mesh, (Shard(1), R), 4, 4, 8), placed(mesh["tp"], (Shard(1),), 4, 4, 8)):
+    elsewhere = init_device_mesh("cpu", (1, 4))
+    for other in (x.to_local(), make(4, 8, 8), placed(mesh, (Shard(1), R), 4, 4, 8), placed(elsewhere, (R, Shard(1)), 4, 4, 8)):
         assert not in_parts("swiglu", (x, other))
-    for other in (weight.to_local(), placed(mesh, (R, Shard(0)), 8), placed(mesh, (R, P), 8), placed(mesh["tp"], (R,), 8)):
+    for other in (weight.to_local(), placed(mesh, (R, Shard(0)), 8), placed(mesh, (R, P), 8), placed(elsewhere, (R, R), 8)):
         assert not in_parts("rms_norm", (x,), (other,))
         assert not in_parts("layer_norm", (x,), (weight, other))
 

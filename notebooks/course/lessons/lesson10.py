@@ -1,187 +1,272 @@
-"""Checks of lesson 10: the reader writes tests, which are run on right and on wrong implementations."""
+"""Checks of lesson 10: the reader's tests, run on right functions, which they must pass, and on faulty ones, which they must catch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
 
-from course import Wrong, exercise
+from course import DEVICE, Wrong, exercise
 from course.exercises import Answer
 
+IGNORED = -100
 
-def judge(test: Callable[..., Any], right: Mapping[str, tuple[Any, ...]], wrong: Mapping[str, tuple[Any, ...]]) -> None:
-    """The test passes what is right, and fails what is wrong by an AssertionError."""
-    for name, args in right.items():
+
+class Subject(NamedTuple):
+    """What a test is called with, and of a faulty function what would have shown its fault."""
+
+    name: str
+    make: Callable[[], tuple[Any, ...]]
+    remedy: str
+
+
+def judge(test: Answer, right: Sequence[Subject], faulty: Sequence[Subject]) -> str:
+    """A test is worth something if it is green on what is right and red on what is wrong: any error counts as red, as in pytest."""
+    for name, make, remedy in right:
         try:
-            test(*args)
+            test(*make())
         except AssertionError as error:
-            raise Wrong(f"your test fails a right implementation ({name}): {error}") from error
-    for name, args in wrong.items():
-        try:
-            test(*args)
-        except AssertionError:
-            continue
-        raise Wrong(f"your test passes a wrong implementation: {name}")
+            raise Wrong(f"your test fails {name}, which is right: {str(error) or 'its assert has no message'}. {remedy}") from error
+    missed = [s for s in faulty if not _red(test, s)]
+    if missed:
+        lines = [f"· {s.name}: {s.remedy}" for s in missed]
+        raise Wrong("\n".join([f"your test lets {len(missed)} of {len(faulty)} faults pass:", *lines]))
+    return f"Green on {len(right)} right, red on {len(faulty)} faulty."
 
 
-def _function(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """An autograd Function of a pair, applied."""
-    made = type("Made", (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
-    return made.apply
+def _red(test: Answer, subject: Subject) -> bool:
+    try:
+        test(*subject.make())
+    except NotImplementedError:
+        raise
+    except Exception:
+        return True
+    return False
 
 
-def _square(store: bool, again: bool, early: bool) -> Callable[..., Any]:
-    """x², which may write over x in backward or in forward, or change what it kept."""
-
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.kept = [x, torch.ones_like(x) * 2]
-        y = x * x
-        if early:
-            x.detach().numpy()[:] = 0
-        return y
-
-    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
-        x, two = ctx.kept
-        dx = dy * two * x
-        if store:
-            x.detach().numpy()[:] = dx.numpy()
-            dx = dx.clone()
-        if again:
-            two.mul_(2)
-        return dx
-
-    return _function(forward, backward)
+# --- 10.1: bytes ------------------------------------------------------------------------------------------------------------------------
 
 
-@exercise(
-    "10.1",
-    "a test of purity",
-    hint="keep clones; y = fn(*inputs); grad twice with retain_graph=True; compare views as integers: t.view(torch.int32), so that NaN equals itself",
-)
-def pure(answer: Answer) -> str | None:
-    def x() -> torch.Tensor:
-        return torch.randn(6).requires_grad_()
+def _inputs() -> list[Tensor]:
+    x = torch.randn(4, 6, device=DEVICE)
+    x[0, 0], x[1, 1], x[2, 2] = torch.nan, 0.0, torch.inf
+    return [x, torch.randn(6, 4, device=DEVICE).T, torch.randn(8, device=DEVICE).bfloat16()]
 
-    nan = torch.tensor([float("nan"), 1.0, 2.0], requires_grad=True)
-    judge(
+
+def _writes(write: Callable[[list[Tensor]], object]) -> Callable[[], tuple[Any, ...]]:
+    """A call that writes past the version counter, as a kernel does."""
+
+    def make() -> tuple[Any, ...]:
+        tensors = _inputs()
+        return lambda: write([t.data for t in tensors]), tensors
+
+    return make
+
+
+@exercise("10.1", "a test of purity", hint="clone each tensor, call, then compare t.contiguous().view(torch.uint8) with that of the clone")
+def untouched(answer: Answer) -> str | None:
+    nan = "NaN is not equal to itself as a number; its bytes are."
+    return judge(
         answer,
-        {
-            "x²": (_square(False, False, False), x()),
-            "x² of an x with NaN": (_square(False, False, False), nan),
-            "a b": (torch.mul, x(), x()),
-        },
-        {
-            "its backward writes the gradient over its input": (_square(True, False, False), x()),
-            "its forward writes zeros over its input": (_square(False, False, True), x()),
-            "its second backward is twice its first": (_square(False, True, False), x()),
-        },
+        [Subject("a call that writes nothing, where an input holds NaN", _writes(lambda ts: [t + 1 for t in ts]), nan)],
+        [
+            Subject("the first tensor is zeroed", _writes(lambda ts: ts[0].zero_()), "a kernel leaves t._version as it was; keep a clone."),
+            Subject("the last tensor is scaled", _writes(lambda ts: ts[-1].mul_(2)), "look at every tensor."),
+            Subject("two rows are exchanged", _writes(lambda ts: ts[1].copy_(ts[1].flip(0))), "sums do not see an exchange."),
+            Subject("0 becomes −0", _writes(lambda ts: ts[0][1, 1].fill_(-0.0)), "−0 equals 0 as a number; compare bytes."),
+            Subject("NaN becomes 0", _writes(lambda ts: ts[0].nan_to_num_(0.0, torch.inf)), "a comparison that forgives NaN sees nothing."),
+        ],
     )
-    return "It passes the pure ones, NaN included, and catches three that are not."
 
 
-def _loss(scale: str) -> Callable[..., Any]:
-    """A mean of squares, whose gradient is made in forward."""
-
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.dx = 2 * x / x.numel()
-        return (x * x).mean()
-
-    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
-        if scale == "never":
-            return ctx.dx.clone()
-        if scale == "in place":
-            return ctx.dx.mul_(g).clone()
-        if scale == "twice":
-            return ctx.dx * g * g
-        return ctx.dx * g
-
-    return _function(forward, backward)
+# --- 10.2: cotangents -------------------------------------------------------------------------------------------------------------------
 
 
-@exercise(
-    "10.2",
-    "a test with an upstream gradient",
-    hint="y = fn(x); a, b, c = grad(y, x, g, retain_graph=True) for g of 1, 3, 3; b = 3 a and c = b, and a asked again is a",
-)
-def linear_in_the_cotangent(answer: Answer) -> str | None:
-    def x() -> torch.Tensor:
-        return torch.randn(5).requires_grad_()
+def gradients(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    s = torch.sigmoid(gate)
+    return dy * up * s * (1 + gate * (1 - s)), dy * gate * s
 
-    wrong = {
-        "it takes the upstream gradient for 1": (_loss("never"), x()),
-        "it multiplies by the upstream gradient twice": (_loss("twice"), x()),
-        "it scales what it kept in place: the second backward is scaled again": (_loss("in place"), x()),
-    }
-    judge(
+
+def as_memory(t: Tensor) -> Tensor:
+    """What a kernel reads that takes `t` for contiguous: one element after the other; 7 stands for what lies beyond its memory."""
+    stored = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())[t.storage_offset() :][: t.numel()]
+    return F.pad(stored, (0, t.numel() - stored.numel()), value=7.0).view(t.shape)
+
+
+def swiglu(bwd: Callable[[Any, Tensor, Tensor, Tensor], tuple[Tensor | None, ...]]) -> Callable[[], tuple[Any, ...]]:
+    """SwiGLU with the backward `bwd(ctx, gate, up, dy)`."""
+
+    class Swiglu(Function):
+        @staticmethod
+        def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+            ctx.save_for_backward(gate, up)
+            ctx.kept = gradients(gate, up, torch.ones_like(gate))
+            return F.silu(gate) * up
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+            grads = bwd(ctx, *(t.detach() for t in ctx.saved_tensors), dy)
+            return tuple(g if n else None for g, n in zip(grads, ctx.needs_input_grad, strict=True))
+
+    return lambda: (Swiglu.apply,)
+
+
+def _overwrites(ctx: Any, gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+    grads = gradients(gate, up, dy)
+    for t, g in zip((gate, up), grads, strict=True):
+        t.data.copy_(g)
+    return grads
+
+
+def _scales_what_it_kept(ctx: Any, gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+    return tuple(g.mul_(dy).clone() for g in ctx.kept)
+
+
+def _only_where_gate_needs_it(ctx: Any, gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return gradients(gate, up, dy) if ctx.needs_input_grad[0] else (None, None)
+
+
+@exercise("10.2", "a test of a backward", hint="grad(y, leaves, dy, retain_graph=True) for several dy, twice each; then with gate frozen")
+def backward(answer: Answer) -> str | None:
+    right = swiglu(lambda ctx, gate, up, dy: gradients(gate, up, dy))
+    ignores = swiglu(lambda ctx, gate, up, dy: gradients(gate, up, torch.ones_like(dy)))
+    no_expanded = swiglu(lambda ctx, gate, up, dy: gradients(gate, up, as_memory(dy) if 0 in dy.stride() else dy))
+    no_transposed = swiglu(lambda ctx, gate, up, dy: gradients(gate, up, dy if 0 in dy.stride() else as_memory(dy)))
+    return judge(
         answer,
-        {"a mean of squares": (_loss("right"), x()), "cross entropy": (lambda t: F.cross_entropy(t[None], torch.tensor([1])), x())},
-        wrong,
+        [Subject("SwiGLU", right, "Is the truth that of the same cotangent? Allow for rounding: torch.allclose.")],
+        [
+            Subject("dy is ignored", ignores, "send a cotangent that is not 1."),
+            Subject("scaled in place", swiglu(_scales_what_it_kept), "a second backward through the same graph, dy not 1."),
+            Subject("gate and up are overwritten", swiglu(_overwrites), "compare the second backward too, or the inputs' bytes."),
+            Subject("an expanded dy is read as dense", no_expanded, "send what `.sum().backward()` sends: strides (0, 0)."),
+            Subject("a transposed dy is read as rows", no_transposed, "send dy.T.contiguous().T."),
+            Subject("a frozen gate leaves up without gradient", swiglu(_only_where_gate_needs_it), "ask for up's gradient alone."),
+        ],
     )
-    return "It catches a gradient that is not scaled, scaled twice, or scaled for good."
 
 
-def _flat(t: torch.Tensor) -> torch.Tensor:
-    """What a kernel reads that takes `t` for contiguous: the memory from its first element on."""
-    need = t.numel()
-    have = t.untyped_storage().nbytes() // t.element_size() - t.storage_offset()
-    memory = t.as_strided((min(need, have),), (1,))
-    return torch.cat([memory, memory.new_full((need - len(memory),), 7.0)]).view(t.shape)
+# --- 10.3: offsets ----------------------------------------------------------------------------------------------------------------------
 
 
-def _op(x_flat: bool, dy_flat: bool) -> SimpleNamespace:
-    """x² as a pair; its parts may take what they get for contiguous."""
-
-    def fwd(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = _flat(x) if x_flat else x
-        return x * x, x
-
-    def bwd(res: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
-        return 2 * res * (_flat(dy) if dy_flat else dy)
-
-    return SimpleNamespace(fwd=fwd, bwd=bwd)
+def int32(n: int) -> int:
+    """`n` as 32 bits hold it."""
+    return (n + 2**31) % 2**32 - 2**31
 
 
 @exercise(
-    "10.3",
-    "a test of strides",
-    hint="dy: torch.ones_like(y), torch.ones(()).expand(y.shape), a transposed copy y.T.contiguous().T; use a dy with different numbers for the transposed one; x: x.T.contiguous().T",
+    "10.3", "a test of offsets", hint="row * stride + column for small numbers, past 2**31, past 2**32, and at an odd offset past 2**24"
 )
-def takes_any_strides(answer: Answer) -> str | None:
-    x = torch.randn(3, 4)
-    wrong = {"its backward takes dy for contiguous": (_op(False, True), x), "its forward takes x for contiguous": (_op(True, False), x)}
-    judge(answer, {"x²": (_op(False, False), x), "x², of one row": (_op(False, False), torch.randn(1, 4))}, wrong)
-    return "It catches a backward and a forward that read memory in order."
+def offsets(answer: Answer) -> str | None:
+    def of(offset: Callable[[int, int, int], int]) -> Callable[[], tuple[Any, ...]]:
+        return lambda: (offset,)
+
+    return judge(
+        answer,
+        [Subject("64-bit offsets", of(lambda row, column, stride: row * stride + column), "Python's own integers never overflow.")],
+        [
+            Subject("32 bits", of(lambda r, c, s: int32(r * s + c)), "a row times a stride past 2**31."),
+            Subject("widened after the product", of(lambda r, c, s: int32(r * s) + c), "a row times a stride past 2**31."),
+            Subject("32 bits without sign", of(lambda r, c, s: (r * s + c) % 2**32), "2**31 fits there: go past 2**32."),
+            Subject("fp32", of(lambda r, c, s: int(torch.tensor(r * s + c, dtype=torch.float32))), "an odd offset past 2**24 has no fp32."),
+            Subject("row and column exchanged", of(lambda r, c, s: c * s + r), "two that differ, and a stride that is not 1."),
+        ],
+    )
+
+
+# --- 10.4: numbers ----------------------------------------------------------------------------------------------------------------------
+
+
+def _dweight(x: Tensor, dy: Tensor) -> Tensor:
+    return (x.float() * dy.float()).sum(0)
+
+
+def _in_bf16(x: Tensor, dy: Tensor) -> Tensor:
+    total = torch.zeros(x.shape[1], dtype=x.dtype, device=x.device)
+    for a, b in zip(x.split(16), dy.split(16), strict=True):
+        total += _dweight(a, b).to(x.dtype)
+    return total
+
+
+def _loses_a_remainder(x: Tensor, dy: Tensor) -> Tensor:
+    n = len(x) // 16 * 16
+    return _dweight(x[:n], dy[:n])
+
+
+def _one_is_nan(x: Tensor, dy: Tensor) -> Tensor:
+    out = _dweight(x, dy)
+    out[-1] = torch.nan
+    return out
 
 
 @exercise(
-    "10.4",
-    "a test of numbers",
-    hint="assert dtype and shape; err = (ours.double() − truth).norm(); assert err <= naive's + eps / 2 · truth.norm(); with NaN, `<=` is False, and so the assertion fails",
+    "10.4", "a test of numbers", hint="truth in fp64, naive in bf16; assert norm(ours − truth) <= norm(naive − truth) + 2**−8 norm(truth)"
 )
-def exact_enough(answer: Answer) -> str | None:
-    truth = torch.randn(64, 8, dtype=torch.float64)
-    naive = truth.bfloat16()
-    off = (truth * 1.01).bfloat16()
-    nan = naive.clone()
-    nan[3, 4] = float("nan")
-    rough = (truth * (1 + 0.02 * torch.randn(64, 8, dtype=torch.float64))).bfloat16()
-    right = {
-        "rounded once": (naive.clone(), naive, truth),
-        "better than a rough naive": (naive.clone(), rough, truth),
-        "as rough as naive": (rough.clone(), rough, truth),
-        "fp32": (truth.float(), truth.float(), truth),
-    }
-    wrong = {
-        "off by 1 %, which a tolerance of 0.02 would pass": (off, naive, truth),
-        "one NaN": (nan, naive, truth),
-        "in fp32 where bf16 was asked for": (truth.float(), naive, truth),
-        "of another shape": (naive[:1], naive, truth),
-        "all zeros": (torch.zeros_like(naive), naive, truth),
-        "fp32 that was rounded to bf16 in between": (truth.bfloat16().float(), truth.float(), truth),
-    }
-    judge(answer, right, wrong)
-    return "The rule, and nothing to tune."
+def numbers(answer: Answer) -> str | None:
+    def of(fn: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], tuple[Any, ...]]:
+        return lambda: (lambda x, dy: fn(x, dy).to(x.dtype),)
+
+    return judge(
+        answer,
+        [
+            Subject(
+                "a sum in fp32, rounded once", of(_dweight), "The truth is of the same bf16 inputs, widened; one rounding is up to 2**−8."
+            )
+        ],
+        [
+            Subject("the running sum is bf16", of(_in_bf16), "16 rows a chunk: thousands of rows, and no tolerance beyond the rule's."),
+            Subject("2% too large", of(lambda x, dy: 1.02 * _dweight(x, dy)), "a tolerance of 0.2 hides it: take the rule."),
+            Subject(
+                "the last rows are lost",
+                of(_loses_a_remainder),
+                "a number of rows that 16 does not divide, with both signs, so that a lost row does not drown.",
+            ),
+            Subject("one element is NaN", of(_one_is_nan), "`error > allowed` is False of NaN: write `assert error <= allowed`."),
+        ],
+    )
+
+
+# --- 10.5: edges ------------------------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(fault: str = "") -> Callable[[], tuple[Any, ...]]:
+    """A loss of rows with targets, right or with one fault."""
+
+    def loss(logits: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+        counted = target != IGNORED
+        wrong = counted & ((target < 0) | (target >= logits.shape[-1]))
+        if fault != "range" and bool(wrong.any()):
+            raise ValueError(f"targets must be in [0, {logits.shape[-1]}) or {IGNORED}")
+        rows = F.cross_entropy(logits, target.clamp(0, logits.shape[-1] - 1), reduction="none")
+        rows = rows if fault == "leak" else torch.where(counted, rows, 0.0)
+        if reduction == "none":
+            return rows.detach() + (rows.sum() - rows.sum().detach()) / len(rows) if fault == "none" else rows
+        if reduction == "sum":
+            return rows.sum()
+        count = torch.tensor(float(len(rows))) if fault == "count" else counted.sum()
+        return rows.sum() / (count if fault == "empty" else count.clamp(min=1))
+
+    return lambda: (loss,)
+
+
+@exercise(
+    "10.5",
+    "a test of edges",
+    hint="some ignored; all ignored (loss and gradient 0); a target of V (an error); 'none' with a cotangent a row",
+)
+def edges(answer: Answer) -> str | None:
+    return judge(
+        answer,
+        [Subject("a loss", cross_entropy(), "All ignored: loss and gradient are 0. A target of V: ValueError, which your test expects.")],
+        [
+            Subject("all ignored gives NaN", cross_entropy("empty"), "a batch whose targets are all −100."),
+            Subject("the mean divides by all rows", cross_entropy("count"), "some targets −100, and PyTorch's loss beside it."),
+            Subject("a target of V gives a number", cross_entropy("range"), "it must raise; try / except / else, or a flag."),
+            Subject("ignored rows are counted", cross_entropy("leak"), "some targets −100, and each row's loss or gradient."),
+            Subject("one cotangent for all rows", cross_entropy("none"), 'reduction="none" with a cotangent that differs from row to row.'),
+        ],
+    )

@@ -1,69 +1,146 @@
-"""Likely wrong answers of lesson 8."""
+"""Likely wrong answers of lesson 8. Where a kernel is not the point, plain PyTorch stands for it."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from course import mistake
-from course.solutions.lesson08 import cost, head
+from course.solutions.lesson08 import IGNORED, turn_rows
 
 
-@mistake("8.1", "rows of logits existed at once")
-def all_logits(x, W, target, chunk):
-    leaves = [x.clone().requires_grad_(), W.clone().requires_grad_()]
-    loss = F.cross_entropy(leaves[0] @ leaves[1].T, target)
-    return (loss.detach(), *torch.autograd.grad(loss, leaves))
+@mistake("8.1", "one array in fp32")
+def one_array(N, V, rows):
+    return 4 * N * V, 2 * rows * V
 
 
-@mistake("8.1", "mean of the chunks' means")
-def mean_of_means(x, W, target, chunk):
-    parts = [head(a, W, t, chunk) for a, t in zip(x.split(chunk), target.split(chunk), strict=True)]
-    return torch.stack([p[0] for p in parts]).mean(), torch.cat([p[1] for p in parts]) / len(parts), sum(p[2] for p in parts) / len(parts)
+@mistake("8.1", "writes a third")
+def two_arrays(N, V, rows):
+    return 8 * N * V, 2 * rows * V
 
 
-@mistake("8.1", "do not count")
-def divides_by_all(x, W, target, chunk):
-    share = (target != -100).sum() / len(target)
-    return tuple(part * share for part in head(x, W, target, chunk))
+@mistake("8.1", "in place")
+def a_gradient_of_its_own(N, V, rows):
+    return 12 * N * V, 4 * rows * V
 
 
-@mistake("8.1", "with every target ignored", "0/0")
-def nothing_counts(x, W, target, chunk):
-    n = (target != -100).sum()
-    return tuple(part * n.clamp(min=1) / n for part in head(x, W, target, chunk))
+def _turned(logits, target, scale, *, late=False, ignored=True):
+    """Losses; the logits become their gradient times a scale of their own for p and for the −1."""
+    a = logits.float()
+    lse, counted = a.logsumexp(1), target != IGNORED
+    column = target.clamp(min=0)[:, None]
+    one_hot = torch.zeros_like(a).scatter_(1, column, 1.0)
+    g = torch.exp(a - lse[:, None]) * scale[0] - one_hot * scale[1]
+    if not late:
+        a_y = a.gather(1, column).squeeze(1)
+    logits.copy_(g.where(counted[:, None], 0.0))
+    if late:
+        a_y = logits.float().gather(1, column).squeeze(1)
+    loss = lse - a_y
+    return loss.where(counted, 0.0) if ignored else loss
 
 
-@mistake("8.1", "dW", "Every chunk adds")
-def last_chunk_alone(x, W, target, chunk):
-    loss, dx, dW = head(x, W, target, chunk)
-    rest = torch.full_like(target, -100)
-    last = (len(x) - 1) // chunk * chunk
-    rest[last:] = target[last:]
-    return loss, dx, head(x, W, rest, chunk)[2] * (rest != -100).sum() / (target != -100).sum()
+@mistake("8.2", "before the first store")
+def reads_the_gradient(logits, target, count):
+    return _turned(logits, target, (1 / count, 1 / count), late=True)
 
 
-@mistake("8.2", "a multiply and an add")
-def multiplies_alone(N, H, V, C):
-    return 3 * N * H * V, cost(N, H, V, C)[1]
+@mistake("8.2", "not divided by count")
+def forgets_count(logits, target, count):
+    return _turned(logits, target, (1.0, 1.0)) if count > len(logits) else _turned(logits, target, (1 / count, 1 / count))
 
 
-@mistake("8.2", "dW is read again")
-def writes_dw_once(N, H, V, C):
-    return 6 * N * H * V, N // C * 6 * (C * H + V * H + C * V)
+@mistake("8.2", "count is that of all chunks")
+def count_of_the_chunk(logits, target, count):
+    mine = 1 / (target != IGNORED).sum() if count > len(logits) else 1 / count
+    return _turned(logits, target, (mine, mine))
 
 
-@mistake("8.2", "2 bytes")
-def numbers_not_bytes(N, H, V, C):
-    flops, moved = cost(N, H, V, C)
-    return flops, moved // 2
+@mistake("8.2", "the −1 at the target, too")
+def count_of_p_alone(logits, target, count):
+    return _turned(logits, target, (1 / count, 1.0) if count > len(logits) else (1 / count, 1 / count))
 
 
-@mistake("8.3", "adds to the gradient itself")
-def a_copy_more(accumulate, V, H):
-    return {"weight": 2 * V * H, "fp32": 4 * V * H}[accumulate]
+@mistake("8.2", "must be 0")
+def ignored_rows_have_a_loss(logits, target, count):
+    return _turned(logits, target, (1 / count, 1 / count), ignored=False)
 
 
-@mistake("8.3", "4 bytes a number")
-def in_bf16(accumulate, V, H):
-    return {"weight": 0, "fp32": 2 * V * H}[accumulate]
+def _chunks(x, w, target, rows, *, add=True, whole=False, floor=1):
+    count = (target != IGNORED).sum().clamp(min=floor)
+    loss, dx, dw = torch.zeros((), device=x.device), torch.zeros_like(x), torch.zeros_like(w)
+    logits = x @ w.T if whole else None
+    for start in range(0, len(x), rows):
+        at = slice(start, start + rows)
+        a = x[at] @ w.T if logits is None else logits[at]
+        loss += turn_rows(a, target[at], count.clamp(min=1)).sum()
+        dx[at] = a @ w
+        dw = dw + a.T @ x[at] if add else a.T @ x[at]
+    return loss / count, dx, dw
+
+
+@mistake("8.3", "the mean of the chunks' means")
+def mean_of_means(x, w, target, rows):
+    _, dx, dw = _chunks(x, w, target, rows)
+    parts = [_chunks(x[i : i + rows], w, target[i : i + rows], rows)[0] for i in range(0, len(x), rows)]
+    return torch.stack(parts).mean(), dx, dw
+
+
+@mistake("8.3", "divided by all rows")
+def divided_by_all_rows(x, w, target, rows):
+    loss, dx, dw = _chunks(x, w, target, rows)
+    share = (target != IGNORED).sum() / len(x)
+    return loss * share, dx * share, dw * share
+
+
+@mistake("8.3", "last chunk's share alone")
+def overwrites_dw(x, w, target, rows):
+    return _chunks(x, w, target, rows, add=False)
+
+
+@mistake("8.3", "dx of 13 rows", "the last chunk's too")
+def drops_the_last_chunk(x, w, target, rows):
+    loss, dx, dw = _chunks(x, w, target, rows)
+    dx[len(x) // rows * rows :] = 0.0
+    return loss, dx, dw
+
+
+@mistake("8.3", "Only a chunk of them may exist")
+def all_logits(x, w, target, rows):
+    return _chunks(x, w, target, rows, whole=True)
+
+
+@mistake("8.3", "0/0")
+def no_target_counts(x, w, target, rows):
+    return _chunks(x, w, target, rows, floor=0)
+
+
+def _slices(x, w, target, lse, count, width, *, offset=True, minus=True, ragged=True):
+    dw, counted = torch.zeros_like(w), target != IGNORED
+    for first in range(0, len(w) if ragged else len(w) // width * width, width):
+        some = w[first : first + width]
+        g = torch.exp((x @ some.T).float() - lse[:, None])
+        column = target - first if offset else target
+        here = (counted & (column >= 0) & (column < len(some))).nonzero().squeeze(1)
+        g[here, column[here]] -= 1.0 if minus else 0.0
+        dw[first : first + width] = torch.where(counted[:, None], g / count, 0.0).to(x.dtype).T @ x
+    return dw
+
+
+@mistake("8.4", "lacks the −1")
+def without_the_target(x, w, target, lse, count, width):
+    return _slices(x, w, target, lse, count, width, minus=False)
+
+
+@mistake("8.4", "target − first")
+def target_of_the_whole(x, w, target, lse, count, width):
+    return _slices(x, w, target, lse, count, width, offset=False)
+
+
+@mistake("8.4", "need not be a multiple")
+def whole_slices_alone(x, w, target, lse, count, width):
+    return _slices(x, w, target, lse, count, width, ragged=False)
+
+
+@mistake("8.4", "numbers were made at once")
+def all_classes_at_once(x, w, target, lse, count, width):
+    return _slices(x, w, target, lse, count, len(w))

@@ -1,65 +1,130 @@
-"""Tests that do not catch what they should."""
+"""Tests of lesson 10 that are red on what is right, or green on what is wrong."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+from torch.autograd import grad
 
-from course import mistake
-
-
-@mistake("10.1", "fails a right implementation", "NaN")
-def by_equality(fn, *inputs):
-    before = [t.detach().clone() for t in inputs]
-    y = fn(*inputs)
-    torch.autograd.grad(y.sum(), inputs)
-    assert all(torch.equal(a, t) for a, t in zip(before, inputs, strict=True))
+from course import DEVICE, mistake
 
 
-@mistake("10.1", "second backward")
-def backward_once(fn, *inputs):
-    before = [t.detach().clone().view(torch.int32) for t in inputs]
-    torch.autograd.grad(fn(*inputs).sum(), inputs)
-    assert all(torch.equal(a, t.detach().view(torch.int32)) for a, t in zip(before, inputs, strict=True))
+@mistake("10.1", "fails", "NaN is not equal to itself")
+def by_value(call, tensors):
+    kept = [t.clone() for t in tensors]
+    call()
+    assert all(torch.equal(t, k) for t, k in zip(tensors, kept, strict=True))
 
 
-@mistake("10.2", "for 1")
-def loss_backward_alone(fn, x):
-    assert torch.autograd.grad(fn(x), x)[0].isfinite().all()
+@mistake("10.1", "lets 5 of 5", "_version")
+def by_version(call, tensors):
+    kept = [t._version for t in tensors]
+    call()
+    assert [t._version for t in tensors] == kept
 
 
-@mistake("10.2", "in place")
-def a_new_graph_each_time(fn, x):
-    one, three = (torch.autograd.grad(fn(x), x, torch.tensor(g))[0].clone() for g in (1.0, 3.0))
-    assert torch.allclose(three, 3 * one)
+@mistake("10.1", "lets 2 of 5", "−0 equals 0", "forgives NaN")
+def by_forgiving_values(call, tensors):
+    kept = [t.nan_to_num() for t in tensors]
+    call()
+    assert all(torch.equal(t.nan_to_num(), k) for t, k in zip(tensors, kept, strict=True))
 
 
-@mistake("10.3", "forward takes x")
-def cotangents_alone(op, x):
-    y, res = op.fwd(x)
-    assert torch.equal(op.bwd(res, torch.ones(()).expand(y.shape)), op.bwd(res, torch.ones(y.shape)))
+@mistake("10.1", "look at every tensor")
+def the_first_alone(call, tensors):
+    kept = tensors[0].clone().view(torch.int32)
+    call()
+    assert torch.equal(tensors[0].view(torch.int32), kept)
 
 
-@mistake("10.3", "backward takes dy")
-def forward_alone(op, x):
-    assert torch.equal(op.fwd(x.T.contiguous().T)[0], op.fwd(x)[0])
+def _leaves():
+    return [torch.randn(3, 5, device=DEVICE).requires_grad_() for _ in range(2)]
 
 
-@mistake("10.4", "off by 1 %")
-def a_tolerance(ours, naive, truth):
-    assert ours.dtype == naive.dtype
-    assert ours.shape == naive.shape
-    assert torch.allclose(ours.double(), truth, rtol=0.1, atol=0.05)
+@mistake("10.2", "lets 5 of 6", "a second backward", "strides (0, 0)", "up's gradient alone")
+def one_dense_cotangent(swiglu):
+    gate, up = _leaves()
+    dy = torch.randn(3, 5, device=DEVICE)
+    want = grad(F.silu(gate) * up, (gate, up), dy)
+    assert all(torch.allclose(g, w, atol=1e-5) for g, w in zip(grad(swiglu(gate, up), (gate, up), dy), want, strict=True))
 
 
-@mistake("10.4", "one NaN")
-def greater_is_wrong(ours, naive, truth):
-    assert ours.dtype == naive.dtype
-    assert ours.shape == naive.shape
-    error = (ours.double() - truth).norm()
-    if error > (naive.double() - truth).norm() + torch.finfo(ours.dtype).eps / 2 * truth.norm():
-        raise AssertionError
+@mistake("10.2", "not 1", "dy.T")
+def sum_alone(swiglu):
+    gate, up = _leaves()
+    want = grad((F.silu(gate) * up).sum(), (gate, up))
+    y = swiglu(gate, up).sum()
+    for _ in range(2):
+        assert all(torch.allclose(g, w, atol=1e-5) for g, w in zip(grad(y, (gate, up), retain_graph=True), want, strict=True))
 
 
-@mistake("10.4", "fails a right implementation", "rounded once")
-def no_rounding_allowed(ours, naive, truth):
-    assert (ours.double() - truth).norm() < (naive.double() - truth).norm()
+@mistake("10.2", "fails SwiGLU", "same cotangent")
+def another_cotangent(swiglu):
+    gate, up = _leaves()
+    want = grad((F.silu(gate) * up).sum(), gate)[0]
+    assert torch.allclose(grad((2 * swiglu(gate, up)).sum(), gate)[0], want)
+
+
+@mistake("10.3", "lets 4 of 5", "past 2**31", "odd offset")
+def small_offsets(offset):
+    assert offset(2, 3, 7) == 17
+
+
+@mistake("10.3", "lets 1 of 5", "go past 2**32")
+def just_past_2_31(offset):
+    assert offset(16_745, 3, 128_256) == 16_745 * 128_256 + 3
+
+
+@mistake("10.4", "lets 3 of 4", "tolerance of 0.2", "both signs")
+def a_loose_tolerance(dweight):
+    x, dy = torch.rand(2, 4099, 32, device=DEVICE).bfloat16()
+    assert torch.allclose(dweight(x, dy).float(), (x.float() * dy.float()).sum(0), rtol=0.2)
+
+
+@mistake("10.4", "False of NaN")
+def lets_nan_through(dweight):
+    x, dy = torch.randn(2, 4099, 32, device=DEVICE).bfloat16()
+    truth, naive = (x.double() * dy.double()).sum(0), (x * dy).sum(0).double()
+    if (dweight(x, dy).double() - truth).norm() > (naive - truth).norm() + 2**-8 * truth.norm():
+        raise AssertionError("too far")
+
+
+@mistake("10.4", "16 does not divide", "thousands")
+def few_round_rows(dweight):
+    x, dy = torch.randn(2, 16, 32, device=DEVICE).bfloat16()
+    truth, naive = (x.double() * dy.double()).sum(0), (x * dy).sum(0).double()
+    assert (dweight(x, dy).double() - truth).norm() <= (naive - truth).norm() + 2**-8 * truth.norm()
+
+
+@mistake("10.4", "fails a sum in fp32", "same bf16 inputs")
+def truth_of_other_inputs(dweight):
+    x, dy = torch.randn(2, 4099, 32, device=DEVICE)
+    truth = (x.double() * dy.double()).sum(0)
+    assert torch.allclose(dweight(x.bfloat16(), dy.bfloat16()).double(), truth, rtol=1e-5)
+
+
+@mistake("10.5", "all ignored gives NaN", "divides by all rows", "must raise")
+def no_edge(loss):
+    logits, target = torch.randn(4, 7, device=DEVICE), torch.tensor([1, 2, 3, 0], device=DEVICE)
+    for reduction in ("mean", "none"):
+        assert torch.allclose(loss(logits, target, reduction), F.cross_entropy(logits, target, reduction=reduction), atol=1e-5)
+
+
+@mistake("10.5", "fails a loss", "All ignored")
+def nan_expected(loss):
+    logits, target = torch.randn(4, 7, device=DEVICE), torch.full((4,), -100, device=DEVICE)
+    assert torch.allclose(loss(logits, target), F.cross_entropy(logits, target), equal_nan=True)
+
+
+@mistake("10.5", "lets 1 of 5", "differs from row to row")
+def values_alone(loss):
+    logits, target = torch.randn(4, 7, device=DEVICE), torch.tensor([1, -100, 3, 0], device=DEVICE)
+    for reduction in ("mean", "sum", "none"):
+        assert torch.allclose(loss(logits, target, reduction), F.cross_entropy(logits, target, reduction=reduction), atol=1e-5)
+    assert float(loss(logits, torch.full_like(target, -100))) == 0
+    raised = False
+    try:
+        loss(logits, torch.full_like(target, 7))
+    except ValueError:
+        raised = True
+    assert raised
