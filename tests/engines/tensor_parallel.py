@@ -79,9 +79,9 @@ def sequences(**row_options: Any) -> dict[str, ParallelStyle]:
     }
 
 
-def dtensors_in_between() -> dict[str, ParallelStyle]:
+def dtensors_in_between(plan: Plan) -> dict[str, ParallelStyle]:
     """The same, and an MLP's middle of DTensors."""
-    return sequences() | {f"model.layers.*.mlp.{name}": ColwiseParallel(use_local_output=False) for name in ("gate_proj", "up_proj")}
+    return plan() | {f"model.layers.*.mlp.{name}": ColwiseParallel(use_local_output=False) for name in ("gate_proj", "up_proj")}
 
 
 def with_head(style: Callable[..., ParallelStyle], **options: Any) -> dict[str, ParallelStyle]:
@@ -103,11 +103,12 @@ class Engine(NamedTuple):
 
 ENGINES = {
     "whole head": Engine(projections, FUSED),
+    "whole head, DTensors in between": Engine(partial(dtensors_in_between, projections), FUSED),
     "split vocabulary": Engine(gathered),
     "split vocabulary, uneven": Engine(gathered, options={"vocab_size": 131}),
     "split vocabulary, logits left in parts": Engine(partial(with_head, ColwiseParallel, use_local_output=False)),
     "split vocabulary, tokens split": Engine(sequences),
-    "split vocabulary, tokens split, DTensors in between": Engine(dtensors_in_between),
+    "split vocabulary, tokens split, DTensors in between": Engine(partial(dtensors_in_between, sequences)),
     "head split along its input": Engine(partial(with_head, RowwiseParallel, input_layouts=Replicate()), LOGITS),
 }
 
