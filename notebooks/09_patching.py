@@ -74,6 +74,28 @@ course.check("9.1", patch)
 # model, and the loss looks plausible. So: run the original and the replacement on random inputs, in fp32 and fp64, and swap only if the
 # replacement errs no more than rounding. Inputs matter: with `weight = 1`, a forgotten weight passes.
 #
+# **Picture.** Four replacements of a norm, and how far each is from the original: with the weights of a fresh model, and with random ones. One wrong
+# replacement shows nothing in a fresh model.
+
+# %%
+x, weight = torch.randn(64, 32, dtype=torch.float64), torch.randn(32, dtype=torch.float64)
+norm = liger_fn.rms_norm.reference
+kinds = {
+    "right": lambda w: norm(x, w, 1e-6),
+    "another epsilon": lambda w: norm(x, w, 1e-3),
+    "no weight": lambda w: norm(x, None, 1e-6),
+    "weight + 1": lambda w: norm(x, w, 1e-6, offset=1.0),
+}
+fig, ax = course.figure(8, 2.6)
+for n, (name, w) in enumerate({"weights of a fresh model: ones": torch.ones_like(weight), "random weights": weight}.items()):
+    gaps = [max(float((fn(w) - norm(x, w, 1e-6)).abs().max()), 1e-17) for fn in kinds.values()]
+    ax.bar([i + 0.4 * n - 0.2 for i in range(4)], gaps, 0.4, label=name)
+ax.set_xticks(range(4), list(kinds))
+ax.set(yscale="log", ylabel="largest difference")
+ax.legend()
+fig
+
+# %% [markdown]
 # ### Exercise 9.2
 #
 # **Specification.** `proved(module, function, width) -> bool`: does `function(module, x)` compute what `module(x)` does, for x `[..., width]`, values and gradients with respect to x? In fp64,

@@ -99,7 +99,7 @@ fig
 # %% [markdown]
 # ## Reading machine code
 #
-# Triton compiles to **PTX**, NVIDIA's portable assembly; `ptxas` makes machine code of it and says how many registers a thread takes. Both run
+# Triton compiles to **PTX**, NVIDIA's portable assembly; an assembler makes machine code of it, in which it stands how many registers a thread takes. Both run
 # without a GPU. What to look for:
 #
 # - `ld.global.v4.b32`: one instruction that loads 128 bits, 8 numbers of bf16. Narrow loads need more instructions for the same bytes.

@@ -55,7 +55,7 @@ def _compile(kernel: str, block: int, warps: int, divisible: bool, constants: di
         options={"num_warps": warps},
     )
     ptx = made.asm["ptx"]
-    return {"ptx": ptx, "loads": _loads(ptx), **_resources(ptx)}
+    return {"ptx": ptx, "loads": _loads(ptx), **_resources(made.asm["cubin"])}
 
 
 def _loads(ptx: str) -> dict[str, int]:
@@ -67,22 +67,16 @@ def _loads(ptx: str) -> dict[str, int]:
     return found
 
 
-def _resources(ptx: str) -> dict[str, int]:
-    """What the assembler says of registers and spills."""
-    import triton
+def _resources(binary: bytes) -> dict[str, int]:
+    """Registers a thread, and the bytes of local memory that held what found no register."""
+    from triton import knobs
 
-    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        arch = re.search(r"\.target (sm_\w+)", ptx)[1]
-        done = subprocess.run(
-            [assembler, "-v", f"--gpu-name={arch}", source, "-o", Path(folder) / "out"], capture_output=True, text=True, check=True
-        )
-    return {
-        "registers": int(re.search(r"Used (\d+) registers", done.stderr)[1]),
-        "spilled": int(re.search(r"(\d+) bytes spill stores", done.stderr)[1]),
-    }
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        asked = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        said = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    return {"registers": int(re.search(r"REG:(\d+)", said)[1]), "spilled": int(re.search(r"LOCAL:(\d+)", said)[1])}
 
 
 if __name__ == "__main__":
