@@ -93,7 +93,7 @@ fig, ax = course.figure(8, 3)
 ax.barh(list(times), [t.us for t in times.values()], color=course.PALETTE[1])
 ax.axvline(copied.us, color=course.INK, linestyle="--", linewidth=0.9)
 ax.invert_yaxis()
-ax.set(xlabel="µs (dashed: a copy of the same array)", xscale="log", title=f"RMSNorm forward, {N} × {H}, bf16")
+ax.set(xlabel="µs (dashed: a copy of the same array)", title=f"RMSNorm forward, {N} × {H}, bf16")
 fig
 
 # %% [markdown]
