@@ -192,7 +192,7 @@ def add_rms_norm(
         TypeError: a tensor is not of a float dtype, or x and residual differ in dtype.
         ValueError: shapes or devices differ, weight is not `[H]`, H is zero or over 2³¹ − 2¹⁶, x is 0-dimensional, unknown `cast`.
 
-    Example:
+    Examples:
         >>> y, s = liger_fn.add_rms_norm(torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, 3.0]]), eps=0.0)
         >>> y, s
         (tensor([[0.8485, 1.1314]]), tensor([[3., 4.]]))

@@ -224,7 +224,7 @@ def cross_entropy(
             label_smoothing outside [0, 1], negative z_loss, softcap not above 0, unknown reduction, `num_items` without a mean; on a CPU
             also a target outside [0, V). On a GPU, where looking would make the host wait, such a row's loss and gradient are NaN.
 
-    Example:
+    Examples:
         >>> liger_fn.cross_entropy(torch.zeros(2, 8), torch.tensor([3, -100]))
         tensor(2.0794)
 

@@ -220,7 +220,7 @@ def expert_parallel_moe_experts(
     What concerns one rank alone, such as a shape that does not fit, is an error on that rank; the others wait for it as long as the
     group's timeout says.
 
-    Example:
+    Examples:
         >>> gate_up, down = torch.ones(3, 2, 2), torch.ones(3, 2, 1)
         >>> chosen, weight = torch.tensor([[0, 2]]), torch.tensor([[0.75, 0.25]])
         >>> liger_fn.expert_parallel_moe_experts(torch.tensor([[1.0, 2.0]]), gate_up, down, chosen, weight)

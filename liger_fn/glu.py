@@ -144,7 +144,7 @@ def swiglu(gate: Tensor, up: Tensor, *, gate_multiplier: float = 1.0, up_multipl
         TypeError: a tensor is not of a float dtype, the two dtypes differ, a multiplier is not a number, donate not a bool.
         ValueError: shapes or devices differ, or the tensors are 0-dimensional.
 
-    Example:
+    Examples:
         >>> liger_fn.swiglu(torch.tensor([0.0, 1.0]), torch.tensor([5.0, 2.0]))
         tensor([0.0000, 1.4621])
 
@@ -174,7 +174,7 @@ def geglu(
         TypeError: a tensor is not of a float dtype, the two dtypes differ, a multiplier is not a number, donate not a bool.
         ValueError: shapes or devices differ, the tensors are 0-dimensional, unknown `approximate`.
 
-    Example:
+    Examples:
         >>> liger_fn.geglu(torch.tensor([0.0, 1.0]), torch.tensor([5.0, 2.0]))
         tensor([0.0000, 1.6824])
 
@@ -200,7 +200,7 @@ def reglu(gate: Tensor, up: Tensor, *, gate_multiplier: float = 1.0, up_multipli
         TypeError: a tensor is not of a float dtype, the two dtypes differ, a multiplier is not a number, donate not a bool.
         ValueError: shapes or devices differ, or the tensors are 0-dimensional.
 
-    Example:
+    Examples:
         >>> liger_fn.reglu(torch.tensor([-3.0, 1.0]), torch.tensor([5.0, 2.0]))
         tensor([0., 2.])
 

@@ -150,7 +150,7 @@ def swiglu_packed(gate_up: Tensor, *, gate_multiplier: float = 1.0, up_multiplie
         TypeError: gate_up is not of a float dtype, a multiplier is not a number, donate not a bool.
         ValueError: the last axis is odd, or gate_up is 0-dimensional.
 
-    Example:
+    Examples:
         >>> liger_fn.swiglu_packed(torch.tensor([0.0, 1.0, 5.0, 2.0]))
         tensor([0.0000, 1.4621])
 
@@ -179,7 +179,7 @@ def geglu_packed(
         TypeError: gate_up is not of a float dtype, a multiplier is not a number, donate not a bool.
         ValueError: the last axis is odd, gate_up is 0-dimensional, unknown `approximate`.
 
-    Example:
+    Examples:
         >>> liger_fn.geglu_packed(torch.tensor([0.0, 1.0, 5.0, 2.0]))
         tensor([0.0000, 1.6824])
 

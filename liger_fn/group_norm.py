@@ -290,7 +290,7 @@ def group_norm(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: T
         ValueError: x has fewer than 2 axes, num_groups is not an integer of at least 1 or does not divide C, a group is empty or has over
             2³¹ − 2¹⁶ elements, weight or bias is not `[C]`, tensors are on different devices.
 
-    Example:
+    Examples:
         >>> liger_fn.group_norm(torch.tensor([[1.0, 3.0, 4.0, 8.0]]), 2, bias=torch.tensor([0.0, 1.0, 0.0, 1.0]), eps=0.0)
         tensor([[-1.,  2., -1.,  2.]])
 

@@ -155,7 +155,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         TypeError: a tensor is not of a float dtype.
         ValueError: weight or bias is not `[H]`, tensors are on different devices, H is zero or over 2³¹ − 2¹⁶, x is 0-dimensional.
 
-    Example:
+    Examples:
         >>> liger_fn.layer_norm(torch.tensor([[1.0, 3.0]]), bias=torch.tensor([0.0, 1.0]), eps=0.0)
         tensor([[-1.,  2.]])
 

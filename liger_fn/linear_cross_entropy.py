@@ -310,7 +310,7 @@ def linear_cross_entropy(
         torch.OutOfMemoryError: PyTorch's own, with a note on what was held and the `memory_budget` or other option that takes less.
             Nothing is lost: no input or gradient has been written to.
 
-    Example:
+    Examples:
         >>> liger_fn.linear_cross_entropy(torch.zeros(2, 4), torch.ones(8, 4), torch.tensor([3, -100]))
         tensor(2.0794)
 

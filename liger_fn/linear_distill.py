@@ -318,7 +318,7 @@ def linear_distill(
             needs a gradient, `num_items` without a mean.
         torch.OutOfMemoryError: as `linear_cross_entropy`, with a note that names a smaller `memory_budget`.
 
-    Example:
+    Examples:
         >>> teacher = torch.tensor([[2.0], [0.0]])
         >>> liger_fn.linear_distill(torch.ones(3, 4), torch.zeros(2, 4), torch.ones(3, 1), teacher)
         tensor(0.3278)

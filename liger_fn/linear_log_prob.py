@@ -187,7 +187,7 @@ def linear_log_prob(
             [0, V). On a GPU such a row's values and gradient are NaN.
         torch.OutOfMemoryError: as `linear_cross_entropy`, with a note that names a smaller `memory_budget`.
 
-    Example:
+    Examples:
         >>> liger_fn.linear_log_prob(torch.zeros(2, 4), torch.ones(8, 4), torch.tensor([3, -100]))[0]
         tensor([-2.0794,  0.0000])
 

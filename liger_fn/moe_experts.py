@@ -198,7 +198,7 @@ def moe_experts(
         ValueError: a shape does not fit, E, H, I or k is 0, devices differ, an unknown option, limit or alpha not above 0, limit or
             "interleaved" without a gate, alpha with another activation, T k has no int32.
 
-    Example:
+    Examples:
         >>> gate_up, down = torch.ones(3, 2, 2), torch.ones(3, 2, 1)
         >>> chosen, weight = torch.tensor([[0, 2]]), torch.tensor([[0.75, 0.25]])
         >>> liger_fn.moe_experts(torch.tensor([[1.0, 2.0]]), gate_up, down, chosen, weight)

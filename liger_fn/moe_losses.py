@@ -217,7 +217,7 @@ def moe_load_balancing_loss(logits: Tensor, index: Tensor, num_experts: int | No
         ValueError: logits have no axis or not 1 to 1024 experts, index or mask are of another shape or device, num_experts is not a
             positive integer.
 
-    Example:
+    Examples:
         >>> logits, index = torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([[0], [1]])
         >>> liger_fn.moe_load_balancing_loss(logits, index)
         tensor(1.)
@@ -257,7 +257,7 @@ def moe_z_loss(logits: Tensor, *, mask: Tensor | None = None) -> Args:
         TypeError: logits are not of a float dtype, mask not of an integer dtype.
         ValueError: logits have no axis or not 1 to 1024 experts, mask is of another shape or device.
 
-    Example:
+    Examples:
         >>> liger_fn.moe_z_loss(torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
         tensor(1.6736)
 

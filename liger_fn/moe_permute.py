@@ -246,7 +246,7 @@ def moe_permute(x: Tensor, topk_index: Tensor, num_experts: int) -> Args:
         ValueError: topk_index has not the axes of x but the last and k choices, H or k is 0, num_experts is not an integer of at least 1,
             devices differ, T k has no int32.
 
-    Example:
+    Examples:
         >>> rows, plan = liger_fn.moe_permute(torch.tensor([[1.0], [2.0]]), torch.tensor([[2, 0], [0, -1]]), 3)
         >>> rows.T
         tensor([[1., 2., 1., 0.]])

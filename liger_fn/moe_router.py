@@ -354,7 +354,7 @@ def moe_router(
         ValueError: logits have no axis or not 1 to 1024 experts, k outside its range, bias is not `[E]` or on another device, unknown
             score, groups that do not divide E, keep more than there are, or compare two experts of one.
 
-    Example:
+    Examples:
         >>> weight, index = liger_fn.moe_router(torch.tensor([[0.0, 2.0, 1.0, 2.0]]), 2)
         >>> weight, index
         (tensor([[0.5000, 0.5000]]), tensor([[1, 3]]))

@@ -119,7 +119,7 @@ def moe_unpermute(rows: Tensor, plan: Permutation | Tensor, topk_weight: Tensor 
         TypeError: rows or topk_weight are not of a float dtype, plan is neither a `Permutation` nor a tensor of integers.
         ValueError: rows is not `[T k, H]`, topk_weight not `[..., k]`, H or k is 0, devices differ.
 
-    Example:
+    Examples:
         >>> rows, plan = liger_fn.moe_permute(torch.tensor([[1.0], [2.0]]), torch.tensor([[2, 0], [0, -1]]), 3)
         >>> liger_fn.moe_unpermute(10 * rows, plan, torch.tensor([[0.75, 0.25], [0.5, 0.5]]))
         tensor([[10.],

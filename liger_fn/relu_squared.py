@@ -100,7 +100,7 @@ def relu_squared(x: Tensor, *, donate: bool = False) -> Args:
         TypeError: x is not of a float dtype, donate not a bool.
         ValueError: x is 0-dimensional.
 
-    Example:
+    Examples:
         >>> liger_fn.relu_squared(torch.tensor([-3.0, 3.0]))
         tensor([0., 9.])
 

@@ -166,7 +166,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offs
         ValueError: weight is not `[H]`, tensors are on different devices, H is zero or over 2³¹ − 2¹⁶, x is 0-dimensional, unknown
             `cast`.
 
-    Example:
+    Examples:
         >>> liger_fn.rms_norm(torch.tensor([[3.0, 4.0]]), eps=0.0)
         tensor([[0.8485, 1.1314]])
 

@@ -264,7 +264,7 @@ def rope(
         ValueError: a shape does not fit, rotary_dim is odd or over D, sections do not add up, an unknown option, devices differ, or cos or
             sin asks for a gradient.
 
-    Example:
+    Examples:
         >>> q = torch.tensor([3.0, 4.0]).view(1, 1, 1, 2)  # one pair of channels
         >>> liger_fn.rope(q, q, torch.zeros(1, 1, 2), torch.ones(1, 1, 2))[0].flatten()  # a quarter turn
         tensor([-4.,  3.])
@@ -342,7 +342,7 @@ def rope_complex(q: Tensor, k: Tensor | None, freqs_cis: Tensor, *, unsqueeze_di
     Raises:
         TypeError: freqs_cis is not complex; and all that `rope` raises.
 
-    Example:
+    Examples:
         >>> q = torch.tensor([3.0, 4.0]).view(1, 1, 1, 2)
         >>> liger_fn.rope_complex(q, None, torch.tensor([[1j]])).flatten()  # a quarter turn
         tensor([-4.,  3.])

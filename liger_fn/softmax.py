@@ -201,7 +201,7 @@ def softmax(x: Tensor) -> Args:
     Raises:
         TypeError: x is not of a float dtype. ValueError: x has no axis, or its last is empty.
 
-    Example:
+    Examples:
         >>> liger_fn.softmax(torch.tensor([[0.0, 0.0, 1e4]]))
         tensor([[0., 0., 1.]])
 

@@ -170,7 +170,7 @@ def swiglu_mlp(
         TypeError: a tensor is not of a float dtype, dtypes differ, a multiplier is not a number.
         ValueError: a shape does not fit, devices differ, x is 0-dimensional.
 
-    Example:
+    Examples:
         >>> w = torch.eye(2)
         >>> liger_fn.swiglu_mlp(torch.tensor([[0.0, 1.0]]), w, w, w)
         tensor([[0.0000, 0.7311]])

@@ -311,7 +311,7 @@ def vocab_parallel_linear_distill(
             CPU also shards that are not every class once. On a GPU such shards make the loss and all gradients NaN.
         torch.OutOfMemoryError: as `linear_cross_entropy`; the other ranks wait for this one. A smaller `memory_budget` must be that of all.
 
-    Example:
+    Examples:
         >>> teacher = torch.tensor([[2.0], [0.0]])
         >>> liger_fn.vocab_parallel_linear_distill(torch.ones(3, 4), torch.zeros(2, 4), torch.ones(3, 1), teacher)
         tensor(0.3278)

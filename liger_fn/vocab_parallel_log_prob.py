@@ -178,7 +178,7 @@ def vocab_parallel_linear_log_prob(
             CPU also shards that are not every class once. On a GPU such shards make all values and gradients NaN.
         torch.OutOfMemoryError: as `linear_cross_entropy`; the other ranks wait for this one. A smaller `memory_budget` must be that of all.
 
-    Example:
+    Examples:
         >>> liger_fn.vocab_parallel_linear_log_prob(torch.zeros(2, 4), torch.ones(8, 4), torch.tensor([3, -100]))[0]
         tensor([-2.0794,  0.0000])
 

@@ -14,7 +14,7 @@ from einops import rearrange
 
 import liger_fn
 
-torch.manual_seed(0)
+_ = torch.manual_seed(0)
 DEVICE = course.DEVICE
 
 # %% [markdown]

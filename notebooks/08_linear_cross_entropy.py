@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 import liger_fn
 from liger_fn import _head, _loss_kernel
 
-torch.manual_seed(0)
+_ = torch.manual_seed(0)
 DEVICE = course.DEVICE
 N, H, V = 8192, 4096, 128256  # tokens, hidden size, vocabulary: one batch of Llama 3 8B
 

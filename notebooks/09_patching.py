@@ -17,7 +17,7 @@ import liger_patch
 transformers.logging.set_verbosity_error()
 plain = liger_fn.use_backend("reference")  # proofs run in plain PyTorch here: in the interpreter each would take half a minute
 plain.__enter__()
-torch.manual_seed(0)
+_ = torch.manual_seed(0)
 
 # %% [markdown]
 # ## Where to cut

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import liger_fn
 
-torch.manual_seed(0)
+_ = torch.manual_seed(0)
 DEVICE = course.DEVICE
 
 # %% [markdown]

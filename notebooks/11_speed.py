@@ -14,7 +14,7 @@ import triton
 from course import kernels11 as k
 from course.offline import compiled
 
-torch.manual_seed(0)
+_ = torch.manual_seed(0)
 DEVICE = course.DEVICE
 
 # %% [markdown]

@@ -122,4 +122,5 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
     """A function's body returns its checked arguments to `custom_vjp`: what a caller gets is under Returns."""
-    return re.sub(r'\s*<span class="o">-&gt;</span>\s*(?:<span class="n">|<a [^>]*>)*Args(?:</span>|</a>)*', "", html)
+    html = re.sub(r'\s*<span class="o">-&gt;</span>\s*(?:<span class="n">|<a [^>]*>)*Args(?:</span>|</a>)*', "", html)
+    return re.sub(r"<code>(?:<[^>]+>)*Args(?:</[^>]+>)*</code>", "", html)

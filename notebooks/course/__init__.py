@@ -19,6 +19,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default, said alou
 import numpy as np
 import torch
 
+warnings.filterwarnings("ignore", "IProgress not found")  # tqdm misses a widget that no lesson uses
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 if not GPU:

@@ -84,6 +84,6 @@ def roofline(ax: Axes, points: Mapping[str, tuple[float, float]], *, bandwidth: 
     )
     for n, (name, (x, y)) in enumerate(points.items()):
         ax.plot([x], [y], "o", color=PALETTE[n % len(PALETTE)], markersize=6)
-        ax.annotate(name, (x, y), fontsize=8, xytext=(8, 6 - 12 * (n % 3)), textcoords="offset points", color=INK)
+        ax.annotate(name, (x, y), fontsize=8, xytext=(-8, 4 + 12 * (n % 3)), textcoords="offset points", color=INK, ha="right")
     ax.set(xscale="log", yscale="log", xlabel="FLOPs for each byte moved", ylabel="TFLOP/s")
     ax.grid(alpha=0.25)

@@ -24,5 +24,5 @@ def test_example(name: str) -> None:
 @pytest.mark.parametrize("name", PUBLIC)
 def test_says_what_a_reader_needs(name: str) -> None:
     doc = getattr(liger_fn, name).__doc__
-    for part in ("Args:", "Returns:", "Gradient", "Raises:", "Example:"):
+    for part in ("Args:", "Returns:", "Gradient", "Raises:", "Examples:"):
         assert part in doc, f"{name}'s docstring has no {part!r}"
