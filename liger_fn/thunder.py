@@ -58,7 +58,7 @@ def _register(executor: OperatorExecutor, op: Op[..., Any]) -> None:
     """Three operators: the call as it is, the forward of a call that is differentiated, and its backward."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return op(*args, **(kwargs if op._donate is None else kwargs | {"donate": False}))
+        return op(*args, **kwargs)  # which donates nothing where nobody wants gradients
 
     def forward(backend: Backend, needs: Needs, args: Args, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         flat = op._kept(op._arguments(*args, **kwargs))

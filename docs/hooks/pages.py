@@ -10,6 +10,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from latex2mathml.converter import convert  # noqa: E402
 from mkdocs.structure.files import File, Files  # noqa: E402
 
 import liger_fn  # noqa: E402
-from tests.bench import figures, results, table  # noqa: E402
+from tests.bench import figures, report, results, table  # noqa: E402
+from tests.bench.results import Result  # noqa: E402
 
 BYTES = 2  # of a number in bf16
 
@@ -45,31 +47,36 @@ def cost(page: Page) -> str:
     return "\n\n".join(lines)
 
 
+@cache
+def measured() -> list[Result]:
+    """What each machine's runs found together, the newest first: the sections of docs/benchmarks.md."""
+    runs = report.together({path.stem: results.load(path) for path in results.FOLDER.glob("*.json")})
+    return [reduce(Result.with_later, group.values()) for group in reversed(runs.values())]
+
+
 def pictures(page: Page) -> dict[str, tuple[bytes, str]]:
-    """Pictures of the page's functions from the newest committed results, and the machine of each: by size, and each shape's fraction."""
-    found = {path.stem: results.load(path) for path in sorted(results.FOLDER.glob("*.json"))}
-    latest = {row.key: (row, stem) for stem, run in found.items() for row in run.rows if row.op in page.functions}
-    kinds: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
-        ("by-size", figures.time, (table.SWEEP,)), ("tokens", figures.heads, (table.HEAD_SWEEP,)), ("floor", figures.floor, table.MODES),
-    )  # fmt: skip
+    """Pictures of the page's functions, as docs/benchmarks.md has them of all functions, and the machine of each."""
     made: dict[str, tuple[bytes, str]] = {}
-    for kind, draw, modes in kinds:
-        rows = [row for row, _ in latest.values() if row.mode in modes and row.us is not None]
-        stems = sorted({stem for row, stem in latest.values() if row.mode in modes})
-        if rows:
-            machine = found[stems[-1]].machine
-            said = f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}, {machine['date']}"
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "figure.png"
-                draw(rows, "", path)
-                made[f"{page.name}-{kind}.png"] = path.read_bytes(), said
+    for kind in CAPTIONS:
+        for result in measured():
+            mine = [row for row in report.drawn(result).get(kind, ()) if row.op in page.functions]
+            if mine:
+                m = result.machine
+                with tempfile.TemporaryDirectory() as folder:
+                    path = Path(folder) / "figure.png"
+                    getattr(figures, kind)(mine, "", path)
+                    made[f"{page.name}-{kind}.png"] = (
+                        path.read_bytes(),
+                        f"{m['device']}, torch {m['torch']}, triton {m['triton']}, {m['date']}",
+                    )
+                break
     return made
 
 
 CAPTIONS = {
-    "by-size": "time against size",
-    "tokens": "time and workspace by tokens",
-    "floor": "how much of the machine's rate each reaches",
+    "time": "Time against size",
+    "heads": "Time and workspace by tokens",
+    "floor": "How much of the machine's rate each reaches",
 }
 
 
@@ -79,9 +86,9 @@ def write(page: Page, drawn: Mapping[str, tuple[bytes, str]]) -> str:
     parts += [f"$${formula}$$" for formula in page.formulas]
     if said := cost(page):
         parts += ["## At the least", said]
-    for name, (_, said) in drawn.items():
-        kind = name.removesuffix(".png").removeprefix(f"{page.name}-")
-        parts += [f"![{page.name}: {CAPTIONS[kind]}](figures/{name})", f"*{CAPTIONS[kind][0].upper()}{CAPTIONS[kind][1:]}: {said}.*"]
+    for name, (_, machine) in drawn.items():
+        title = CAPTIONS[name.removesuffix(".png").removeprefix(f"{page.name}-")]
+        parts += [f"![{page.name}: {title}](figures/{name})", f"*{title}: {machine}.*"]
     if drawn:
         parts.append("Made by `make bench`; every figure is in [the benchmarks](../benchmarks.md).")
     parts += [f"::: {getattr(liger_fn, name).__module__}.{name}" for name in page.functions]  # not the module that may have its name

@@ -1,15 +1,22 @@
-"""RMSNorm forward and the sum of dw, from naive to fast: the kernels that lesson 11 times and compiles. Imported with or without the interpreter."""
+"""RMSNorm from naive to fast: the kernels that lesson 11 shows, runs, times and compiles, and what launches them.
+
+Each kernel uses `tl` and its arguments alone: `course.offline` compiles it from its text.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
-def three_passes(x_ptr, w_ptr, y_ptr, r_ptr, stride, H, eps, BLOCK: tl.constexpr):
-    """A block small enough for anything: the row is read once for its squares and again for y."""
-    row = tl.program_id(0)
+def two_walks(x_ptr, w_ptr, y_ptr, r_ptr, stride, H, eps, BLOCK: tl.constexpr):
+    """A block that is small for any row: the row is read for its squares, and once more for y."""
+    row = tl.program_id(0).to(tl.int64)
     total = 0.0
     for start in range(0, H, BLOCK):
         col = start + tl.arange(0, BLOCK)
@@ -27,7 +34,7 @@ def three_passes(x_ptr, w_ptr, y_ptr, r_ptr, stride, H, eps, BLOCK: tl.constexpr
 @triton.jit
 def one_pass(x_ptr, w_ptr, y_ptr, r_ptr, stride, H, eps, BLOCK: tl.constexpr):
     """The whole row in registers."""
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * stride + col, mask=col < H, other=0.0).to(tl.float32)
     w = tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32)
@@ -37,9 +44,34 @@ def one_pass(x_ptr, w_ptr, y_ptr, r_ptr, stride, H, eps, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def hinted(x_ptr, w_ptr, y_ptr, r_ptr, stride, H, eps, BLOCK: tl.constexpr):
+    """As one_pass; x may leave the cache first, and y is not kept there: what is left of the cache is w's."""
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * stride + col, mask=col < H, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    w = tl.load(w_ptr + col, mask=col < H, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    r = 1.0 / tl.sqrt(tl.sum(x * x, 0) / H + eps)
+    tl.store(y_ptr + row * H + col, (x * r * w).to(y_ptr.dtype.element_ty), mask=col < H, cache_modifier=".cs")
+    tl.store(r_ptr + row, r)
+
+
+@triton.jit
+def several_rows(x_ptr, w_ptr, y_ptr, r_ptr, stride, N, H, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """ROWS short rows a program."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)[None, :]
+    keep = (row < N)[:, None] & (col < H)
+    x = tl.load(x_ptr + row[:, None] * stride + col, mask=keep, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32)
+    r = 1.0 / tl.sqrt(tl.sum(x * x, 1) / H + eps)
+    tl.store(y_ptr + row[:, None] * H + col, (x * r[:, None] * w).to(y_ptr.dtype.element_ty), mask=keep)
+    tl.store(r_ptr + row, r, mask=row < N)
+
+
+@triton.jit(do_not_specialize=["col_stride"])
 def strided(x_ptr, w_ptr, y_ptr, r_ptr, stride, col_stride, H, eps, BLOCK: tl.constexpr):
-    """As one_pass, for any stride of the columns: the compiler cannot know that neighbours are neighbours."""
-    row = tl.program_id(0)
+    """As one_pass, for any stride of the columns: the compiler must not assume that it is 1."""
+    row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * stride + col * col_stride, mask=col < H, other=0.0).to(tl.float32)
     w = tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32)
@@ -49,22 +81,85 @@ def strided(x_ptr, w_ptr, y_ptr, r_ptr, stride, col_stride, H, eps, BLOCK: tl.co
 
 
 @triton.jit
-def dw_atomic(dy_ptr, x_ptr, r_ptr, dw_ptr, H, BLOCK: tl.constexpr):
-    """One row a program, added to dw in whatever order."""
-    row = tl.program_id(0)
+def hidden_mask(x_ptr, w_ptr, y_ptr, r_ptr, stride, H, eps, BLOCK: tl.constexpr):
+    """As one_pass; its mask is the same, `col < H`, said in another way."""
+    row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * H + col, mask=col < H, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + row * H + col, mask=col < H, other=0.0).to(tl.float32)
-    tl.atomic_add(dw_ptr + col, dy * x * tl.load(r_ptr + row), mask=col < H)
+    keep = col <= H - 1
+    x = tl.load(x_ptr + row * stride + col, mask=keep, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + col, mask=keep, other=0.0).to(tl.float32)
+    r = 1.0 / tl.sqrt(tl.sum(x * x, 0) / H + eps)
+    tl.store(y_ptr + row * H + col, (x * r * w).to(y_ptr.dtype.element_ty), mask=keep)
+    tl.store(r_ptr + row, r)
 
 
 @triton.jit
-def dw_shares(dy_ptr, x_ptr, r_ptr, shares_ptr, N, H, P, BLOCK: tl.constexpr):
-    """P programs walk the rows and write a share each."""
+def chase(next_ptr, end_ptr, HOPS: tl.constexpr):
+    """One load after the other: each address is what the last load brought."""
+    i = 0
+    for _ in range(HOPS):
+        i = tl.load(next_ptr + i)
+    tl.store(end_ptr, i)
+
+
+@triton.jit
+def backward_atomic(dy_ptr, x_ptr, w_ptr, r_ptr, dx_ptr, dw_ptr, H, BLOCK: tl.constexpr):
+    """One row a program; its share of dw is added to the sum in memory, in whatever order programs end."""
+    row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for row in range(tl.program_id(0), N, P):
-        x = tl.load(x_ptr + row * H + col, mask=col < H, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * H + col, mask=col < H, other=0.0).to(tl.float32) * tl.load(r_ptr + row)
+    dy = tl.load(dy_ptr + row * H + col, mask=col < H, other=0.0).to(tl.float32)
+    g = dy * tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32)
+    dx = tl.load(r_ptr + row) * (g - x * (tl.sum(g * x, 0) / H))
+    tl.store(dx_ptr + row * H + col, dx.to(dx_ptr.dtype.element_ty), mask=col < H)
+    tl.atomic_add(dw_ptr + col, dy * x, mask=col < H)
+
+
+@triton.jit
+def backward_shares(dy_ptr, x_ptr, w_ptr, r_ptr, dx_ptr, shares_ptr, N, H, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """Programs take turns through the rows, keep the weight and a share of dw in registers, and load STAGES rows ahead."""
+    col = tl.arange(0, BLOCK)
+    w = tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32)
+    dw = tl.zeros((BLOCK,), tl.float32)
+    for row in tl.range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0), num_stages=STAGES):
+        r = tl.load(r_ptr + row)
+        x = tl.load(x_ptr + row * H + col, mask=col < H, other=0.0).to(tl.float32) * r
         dy = tl.load(dy_ptr + row * H + col, mask=col < H, other=0.0).to(tl.float32)
-        total += dy * x * tl.load(r_ptr + row)
-    tl.store(shares_ptr + tl.program_id(0) * H + col, total, mask=col < H)
+        g = dy * w
+        tl.store(dx_ptr + row * H + col, (r * (g - x * (tl.sum(g * x, 0) / H))).to(dx_ptr.dtype.element_ty), mask=col < H)
+        dw += dy * x
+    tl.store(shares_ptr + tl.program_id(0).to(tl.int64) * H + col, dw, mask=col < H)
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------------------------
+
+
+def launch(kernel: Any, x: Tensor, w: Tensor, *, warps: int = 4, block: int | None = None, eps: float = 1e-6) -> Tensor:
+    """y of a forward with one row a program."""
+    y, r = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(len(x), device=x.device)
+    block = block or triton.next_power_of_2(x.shape[1])
+    kernel[(len(x),)](x, w, y, r, x.stride(0), x.shape[1], eps, BLOCK=block, num_warps=warps)
+    return y
+
+
+def launch_rows(x: Tensor, w: Tensor, rows: int, warps: int, eps: float = 1e-6) -> Tensor:
+    """y of a forward with `rows` rows a program."""
+    (n, h), y, r = x.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(len(x), device=x.device)
+    block = triton.next_power_of_2(h)
+    several_rows[(triton.cdiv(n, rows),)](x, w, y, r, x.stride(0), n, h, eps, ROWS=rows, BLOCK=block, num_warps=warps)
+    return y
+
+
+def by_atomics(dy: Tensor, x: Tensor, w: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """(dx, dw) of contiguous rows."""
+    dx, dw = torch.empty_like(x), torch.zeros(x.shape[1], device=x.device)
+    backward_atomic[(len(x),)](dy, x, w, r, dx, dw, x.shape[1], BLOCK=triton.next_power_of_2(x.shape[1]), num_warps=8)
+    return dx, dw
+
+
+def by_shares(dy: Tensor, x: Tensor, w: Tensor, r: Tensor, programs: int, stages: int) -> tuple[Tensor, Tensor]:
+    """(dx, dw) of contiguous rows, by so many programs, which load so many rows ahead."""
+    dx, shares = torch.empty_like(x), torch.empty(programs, x.shape[1], device=x.device)
+    block = triton.next_power_of_2(x.shape[1])
+    backward_shares[(programs,)](dy, x, w, r, dx, shares, *x.shape, BLOCK=block, STAGES=stages, num_warps=8)
+    return dx, shares.sum(0)

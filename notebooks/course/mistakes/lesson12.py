@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import inf
 from statistics import mean, median
 
 from course import mistake
+from course.solutions.lesson12 import choose as right_choice
+from course.solutions.lesson12 import once, step_speedup
 from course.solutions.lesson12 import slower as right
-from course.solutions.lesson12 import step_speedup, times
 
 
 @mistake("12.1", "ours ÷ theirs")
-def other_way_round(by_case, ours):
-    return {case: (who, 1 / ratio) for case, (who, ratio) in right(by_case, ours).items()}
+def other_way_round(times, ours, margin):
+    return {case: (who, 1 / ratio) for case, (who, ratio) in right(times, ours, margin).items()}
 
 
 @mistake("12.1", "the fastest other")
-def the_first_that_is_faster(by_case, ours):
-    return {c: next((w, t[ours] / v) for w, v in t.items() if v < t[ours]) for c, t in by_case.items() if c in right(by_case, ours)}
+def the_first_that_is_faster(times, ours, margin):
+    return {c: next((w, t[ours] / v) for w, v in t.items() if v < t[ours]) for c, t in times.items() if c in right(times, ours, margin)}
 
 
-@mistake("12.1", "equal is not faster")
-def equal_too(by_case, ours):
-    return right(by_case, ours) | {"glu": ("compile", 1.0)}
+@mistake("12.1", "within the margin")
+def without_a_margin(times, ours, margin):
+    return right(times, ours, 0.0)
 
 
 @mistake("12.2", "times add up")
@@ -34,35 +37,89 @@ def new_time(fractions, speedups):
     return 1 / step_speedup(fractions, speedups)
 
 
-@mistake("12.3", "that is the launch")
-def never_waits(device, fn, repeat):
-    return median(times(device, fn, repeat, wait=False))
+@mistake("12.2", "stay?")
+def forgets_what_stays(fractions, speedups):
+    return 1 / max(sum(fractions[part] / s for part, s in speedups.items()), 1e-9)
 
 
-@mistake("12.3", "the cache was warm")
-def never_flushes(device, fn, repeat):
-    return median(times(device, fn, repeat, flush=False))
+def _ratio(device, ours, theirs, x, repeat, of=median, first=True, turns=True, convert=lambda x: x, **how):
+    if first:
+        for kernel, given in ((ours, x), (theirs, convert(x))):
+            device.launch(kernel, given)
+        device.synchronize()
+    if turns:
+        pairs = [(once(device, ours, x, **how), once(device, theirs, convert(x), **how)) for _ in range(repeat)]
+        mine, other = zip(*pairs, strict=True)
+    else:
+        mine = [once(device, ours, x, **how) for _ in range(repeat)]
+        other = [once(device, theirs, convert(x), **how) for _ in range(repeat)]
+    return of(other) / of(mine)
 
 
-@mistake("12.3", "compilation is in it")
-def compiles_in_between(device, fn, repeat):
-    return mean(times(device, fn, repeat, first=False))
+@mistake("12.3", "twice the bytes")
+def another_dtype(device, ours, theirs, x, repeat):
+    return _ratio(device, ours, theirs, x, repeat, convert=lambda x: x.float())
+
+
+@mistake("12.3", "synchronize, then read it")
+def never_waits(device, ours, theirs, x, repeat):
+    return _ratio(device, ours, theirs, x, repeat, wait=False)
+
+
+@mistake("12.3", "the first call is in it")
+def compiles_in_between(device, ours, theirs, x, repeat):
+    return _ratio(device, ours, theirs, x, repeat, of=mean, first=False)
+
+
+@mistake("12.3", "the input was warm")
+def never_flushes(device, ours, theirs, x, repeat):
+    return _ratio(device, ours, theirs, x, repeat, flush=False)
 
 
 @mistake("12.3", "not the mean")
-def the_mean(device, fn, repeat):
-    return mean(times(device, fn, repeat))
+def the_mean(device, ours, theirs, x, repeat):
+    return _ratio(device, ours, theirs, x, repeat, of=mean)
 
 
-@mistake("12.3", "the flush is in it")
-def times_the_flush(device, fn, repeat):
-    device.launch(fn)
-    device.synchronize()
-    found = []
-    for _ in range(repeat):
+@mistake("12.3", "Take turns")
+def one_after_the_other(device, ours, theirs, x, repeat):
+    return _ratio(device, ours, theirs, x, repeat, turns=False)
+
+
+@mistake("12.3", "the flush is in both times")
+def times_the_flush(device, ours, theirs, x, repeat):
+    def both(kernel):
         start = device.now()
-        device.flush()
-        device.launch(fn)
-        device.synchronize()
-        found.append(device.now() - start)
-    return median(found)
+        once(device, kernel, x, settle=False)
+        return device.now() - start
+
+    for kernel in (ours, theirs):
+        device.launch(kernel, x)
+    device.synchronize()
+    pairs = [(both(ours), both(theirs)) for _ in range(repeat)]
+    return median(b for _, b in pairs) / median(a for a, _ in pairs)
+
+
+@mistake("12.3", "upside down")
+def ours_over_theirs(device, ours, theirs, x, repeat):
+    return 1 / _ratio(device, ours, theirs, x, repeat)
+
+
+@mistake("12.4", "the host sets the pace")
+def device_alone(case):
+    return right_choice(replace(case, host_us={}))
+
+
+@mistake("12.4", "torch.compile needs 40 MiB")
+def memory_forgotten(case):
+    return right_choice(replace(case, room=inf))
+
+
+@mistake("12.4", "a tie")
+def the_fastest_alone(case):
+    return "torch.compile" if right_choice(case) == "leave it" else "liger_fn"
+
+
+@mistake("12.4", "not the share")
+def share_below_two_percent(case):
+    return "leave it" if case.share < 0.02 else right_choice(case)

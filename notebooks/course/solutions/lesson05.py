@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from einops import rearrange
 
 from course import solution
 
@@ -19,19 +20,24 @@ def rotate_pairs(x, cos, sin, layout):
     return y
 
 
+@solution("5.2")
+def to_halves(weight, heads):
+    return rearrange(weight, "(h d pair) w -> (h pair d) w", h=heads, pair=2)
+
+
 @triton.jit
 def rope_kernel(q_ptr, cos_ptr, sin_ptr, y_ptr, b_stride, h_stride, t_stride, H, T, HALF: tl.constexpr):
-    b, h, t = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
+    i, t = tl.program_id(0).to(tl.int64), tl.program_id(1)
     j = tl.arange(0, HALF)
-    q = q_ptr + b.to(tl.int64) * b_stride + h * h_stride + t * t_stride + j
+    q = q_ptr + (i // H) * b_stride + (i % H) * h_stride + t * t_stride + j
     first, second = tl.load(q), tl.load(q + HALF)
     cos, sin = tl.load(cos_ptr + t * HALF + j), tl.load(sin_ptr + t * HALF + j)
-    y = y_ptr + (tl.program_id(0).to(tl.int64) * T + t) * 2 * HALF + j
+    y = y_ptr + (i * T + t) * 2 * HALF + j
     tl.store(y, first * cos - second * sin)
     tl.store(y + HALF, second * cos + first * sin)
 
 
-@solution("5.2")
+@solution("5.3")
 def rope(q, cos, sin):
     B, H, T, D = q.shape
     y = torch.empty(B, H, T, D, device=q.device)
@@ -39,6 +45,6 @@ def rope(q, cos, sin):
     return y
 
 
-@solution("5.3")
+@solution("5.4")
 def backward(cos, sin, dy, layout):
     return rotate_pairs(dy, cos, -sin, layout)
