@@ -7,13 +7,14 @@ is a kind: a function of the models' own signature over `liger_fn.rope`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 import liger_fn
 
+from ._sharded_head import is_sharded
 from ._spec import Rope
 from ._swap import Viewed
 from ._view import rebind
@@ -57,41 +58,54 @@ def deinterleaved(
 
 def one(x: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Tensor:
     """As `half`, of queries or keys alone."""
-    turned: Tensor = liger_fn.rope(x, None, cos, sin, unsqueeze_dim=unsqueeze_dim)
+    turned: Tensor = _rope_of(x)(x, None, cos, sin, unsqueeze_dim=unsqueeze_dim)
     return turned
 
 
 def one_of_angles(tensor: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     """Channels 2i and 2i + 1 of `[B, T, heads, D]`; tables of each angle once (GPT-J)."""
-    turned: Tensor = liger_fn.rope(tensor, None, cos, sin, layout="interleaved", rotary_dim=2 * cos.shape[-1], unsqueeze_dim=2)
+    turned: Tensor = _rope_of(tensor)(tensor, None, cos, sin, layout="interleaved", rotary_dim=2 * cos.shape[-1], unsqueeze_dim=2)
     return turned
 
 
 def of_tokens(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Pair:
     """As `half`, of `[..., T, heads, D]` (vision towers)."""
     if q.dim() == 3:
-        q, k = liger_fn.rope(q.unsqueeze(0), k.unsqueeze(0), cos, sin, unsqueeze_dim=2)
+        q, k = _rope_of(q)(q.unsqueeze(0), k.unsqueeze(0), cos, sin, unsqueeze_dim=2)
         return q.squeeze(0), k.squeeze(0)
-    turned: Pair = liger_fn.rope(q, k, cos, sin, unsqueeze_dim=2)
+    turned: Pair = _rope_of(q)(q, k, cos, sin, unsqueeze_dim=2)
     return turned
 
 
 def as_complex(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> Pair:
     """Channels 2i and 2i + 1 of `[B, T, heads, D]` as complex numbers (Llama 4)."""
-    turned: Pair = liger_fn.rope_complex(xq, xk, freqs_cis)
-    return turned
+    return _turn_complex(xq, xk, freqs_cis, 2)
 
 
 def as_complex_by_heads(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> Pair:
     """The same of `[B, heads, T, D]` (DeepSeek-V2)."""
-    turned: Pair = liger_fn.rope_complex(xq, xk, freqs_cis, unsqueeze_dim=1)
-    return turned
+    return _turn_complex(xq, xk, freqs_cis, 1)
 
 
 def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int, **options: Any) -> Pair:
     # Tables of no batch, `[T, W]`, are given an axis for it by 0.
-    turned: Pair = liger_fn.rope(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim or 1, **options)
+    turned: Pair = _rope_of(q)(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim or 1, **options)
     return turned
+
+
+def _turn_complex(q: Tensor, k: Tensor, turn: Tensor, unsqueeze_dim: int) -> Pair:
+    turned: Pair
+    if is_sharded(q):
+        n = turn.shape[-1]
+        turned = liger_fn.rope.reference(q, k, turn.real, turn.imag, layout="interleaved", rotary_dim=2 * n, unsqueeze_dim=unsqueeze_dim)
+    else:
+        turned = liger_fn.rope_complex(q, k, turn, unsqueeze_dim=unsqueeze_dim)
+    return turned
+
+
+def _rope_of(x: Tensor) -> Callable[..., Any]:
+    """The function; of DTensors, which know none of ours, its definition in plain PyTorch."""
+    return cast(Callable[..., Any], liger_fn.rope.reference) if is_sharded(x) else liger_fn.rope
 
 
 class Kind(NamedTuple):

@@ -29,6 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from liger_patch._dtensor import CUTS, in_parts
 from liger_patch._modules import GLUForward, NormForward
+from liger_patch._rope import KINDS
 from liger_patch._spec import GLU, Norm
 
 R, P = Replicate(), Partial()
@@ -229,6 +230,32 @@ def test_a_gated_unit_of_parts(act: str, spec: GLU, placements: Any, mesh: Devic
         assert y.placements == placements
         options = {"approximate": "tanh"} if act == "gelu_tanh" else {}
         torch.testing.assert_close(y.to_local(), getattr(liger_fn, op)(*(t.to_local() for t in inputs), **options))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_rotation_of_parts(name: str, mesh: DeviceMesh):
+    """By its definition, which DTensor divides; tables are whole on each rank, as attention's own code would need them."""
+    kind = KINDS[name]
+    heads = 2 if kind.by_tokens else 1
+    shape, placements = ((4, 5, 6, 8) if kind.by_tokens else (4, 6, 5, 8)), (Shard(0), Shard(heads))
+    q, k = (placed(mesh, placements, *shape, seed=seed) for seed in (1, 2))
+    angles = torch.linspace(-3, 3, 20).reshape(1, 5, 4)
+    if name.startswith("as_complex"):
+        tables: tuple[Tensor, ...] = (torch.polar(torch.ones(1, 5, 4), angles),)
+    else:
+        held = angles[0] if name == "of_tokens" else angles
+        tables = kind.tables(held.cos()), kind.tables(held.sin())
+    whole = [DTensor.from_local(t, mesh, (R, R)) for t in tables]
+    turned = (q,) if name.startswith("one") else (q, k)
+    mine = [t.to_local().detach().requires_grad_() for t in turned]
+    got, expected = (y if isinstance(y, tuple) else (y,) for y in (kind.function(*turned, *whole), kind.function(*mine, *tables)))
+    for y, of in zip(got, expected, strict=True):
+        assert y.placements == placements
+        torch.testing.assert_close(y.to_local(), of)
+    sum(y.square().sum() for y in got).backward()
+    sum(y.square().sum() for y in expected).backward()
+    for t, of in zip(turned, mine, strict=True):
+        torch.testing.assert_close(t.grad.to_local(), of.grad)
 
 
 def test_a_norm_of_parts_is_compiled_whole(mesh: DeviceMesh):
