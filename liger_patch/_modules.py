@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 import liger_fn
 
@@ -67,7 +68,7 @@ class GLUForward(Forward):
     """The forward of an MLP. The projections are called as modules, so adapters, hooks and sharding on them go on working.
 
     The activation is not called, so it must be the one that it was found to be: with another, or with hooks on it, the module runs as it
-    was.
+    was. What the projections make is donated where nobody else gets hold of it: backward writes its gradient over it.
     """
 
     __slots__ = ("act", "act_fn", "op", "spec")
@@ -87,12 +88,10 @@ class GLUForward(Forward):
         options = _OPTIONS.get(self.act, {})
         if spec.gate_multiplier:
             options = options | {"gate_multiplier": getattr(module, spec.gate_multiplier)}
-        if self.act == "relu_squared":
-            y = _middle(self.op, (getattr(module, spec.up)(x),), options)
-        elif spec.packed:
-            y = _middle(f"{self.op}_packed", (getattr(module, spec.packed)(x),), options)
-        else:
-            y = _middle(self.op, (getattr(module, spec.gate)(x), getattr(module, spec.up)(x)), options)
+        into = [getattr(module, name) for name in spec.projections[:-1]]
+        if all(map(makes_for_us_alone, into)):
+            options = options | {"donate": True}
+        y = _middle(f"{self.op}_packed" if spec.packed else self.op, tuple(projection(x) for projection in into), options)
         y = getattr(module, spec.down)(y)
         y = y * getattr(module, spec.down_multiplier) if spec.down_multiplier else y
         return F.dropout(y, getattr(module, spec.dropout), module.training) if spec.dropout else y
@@ -119,6 +118,16 @@ def act_of(function: Callable[[Tensor], Tensor]) -> str | None:
     if not isinstance(y, Tensor) or y.shape != x.shape:
         return None
     return next((name for name, act in ACTS.items() if torch.allclose(y, act(x), rtol=1e-6, atol=1e-6)), None)
+
+
+def makes_for_us_alone(projection: Any) -> bool:
+    """Whether nobody but the caller gets hold of what a projection returns: it is PyTorch's own linear layer, which keeps its input alone.
+
+    Hooks may keep an output, and adapters and layers of other kinds may have hooks or save it.
+    """
+    if torch.compiler.is_compiling():  # compilers plan the memory themselves
+        return False
+    return type(projection) is nn.Linear and not is_hooked(projection) and not _has_any_global_hook()
 
 
 def is_hooked(function: Any) -> bool:

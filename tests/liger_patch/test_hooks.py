@@ -226,7 +226,7 @@ def test_a_copys_activation_is_the_one_that_was_proved(copied, monkeypatch, fres
     for layer in model.model.layers:
         assert layer.mlp.forward.__self__.act_fn is layer.mlp.act_fn
     original = liger_fn.swiglu
-    monkeypatch.setattr(liger_fn, "swiglu", lambda gate, up: calls.append(1) or original(gate, up))
+    monkeypatch.setattr(liger_fn, "swiglu", lambda *args, **options: calls.append(1) or original(*args, **options))
     model(ids, labels=ids)
     assert len(calls) == 2
     monkeypatch.undo()

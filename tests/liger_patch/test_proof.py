@@ -221,7 +221,7 @@ def test_verify_finds_a_wrong_function(monkeypatch):
 
     model = llama()
     liger_patch.auto(model)
-    monkeypatch.setattr(liger_fn, "swiglu", lambda gate, up: F.silu(gate) * up * (1 + 1e-5))
+    monkeypatch.setattr(liger_fn, "swiglu", lambda gate, up, **_: F.silu(gate) * up * (1 + 1e-5))
     with pytest.raises(PatchError, match=r"verify: .*(?s:.*)swiglu: LlamaMLP at model.layers.0.mlp and 1 more: .*the output is off by"):
         liger_patch.verify(model)
 
