@@ -1,12 +1,12 @@
 # %% [markdown]
 # # 1. Pure functions with explicit gradients
 #
-# At the end you can write a function's backward by hand, prove it against fp64 and finite differences, and say what it keeps in between.
-# You need Python, PyTorch and derivatives. No kernel yet: those begin in lesson 3. 20 minutes.
+# At the end you can write a function's backward by hand, check it against finite differences and fp64, and say what it keeps in between.
+# You need Python, PyTorch and derivatives. No kernel yet: those begin in lesson 3. 25 minutes.
 #
 # **How the course works.** Each part has a formula, a picture, a specification, and a stub: a function whose body you write. The last line of
-# the stub's cell runs a check on what you wrote. It says what is wrong, not only that it is. Solutions are in
-# `notebooks/course/solutions`; look there after you tried.
+# the stub's cell runs a check on what you wrote. It says what is wrong, not only that it is. Before you begin, it shows a hint. Solutions are
+# in `notebooks/course/solutions`; look there after you tried.
 
 # %%
 import course  # first, always: it chooses between the GPU and Triton's interpreter
@@ -24,16 +24,17 @@ _ = torch.manual_seed(0)
 # the same bits.
 #
 # To train, we need its **backward**: given how the loss changes with the output, how does it change with each input? For
-# $y = f(a, b)$ and $dy = \partial L/\partial y$ the chain rule gives the **vector-Jacobian product**
+# $y = f(a, b)$ and a loss $L$, write $dy$ for $\partial L/\partial y$, and $da$, $db$ for the other two gradients. With tensors read as columns of
+# numbers, the chain rule is a product of a row and the matrix of all partial derivatives, the Jacobian: the **vector-Jacobian product**
 #
-# $$da = dy^T \frac{\partial y}{\partial a}.$$
+# $$da^T = dy^T \frac{\partial y}{\partial a}.$$
 #
 # What the backward needs from the forward are **residuals**. So a differentiable function is a pair:
 #
 # $$(y, res) = fwd(a, b), \qquad (da, db) = bwd(res, dy).$$
 #
-# **Picture.** The Jacobian $\partial y / \partial x$ of an elementwise function of 8 numbers, and of softmax: $y_i$ in row $i$, $x_j$ in column
-# $j$. Which of the two needs a sum in its backward?
+# **Picture.** The Jacobian $\partial y / \partial x$ of two functions of 8 numbers: silu, which takes each number alone, and softmax. $y_i$ is in
+# row $i$, $x_j$ in column $j$; blue is positive, red negative, white zero. Which of the two needs a sum in its backward?
 
 # %%
 x = torch.randn(8, dtype=torch.float64)
@@ -47,8 +48,9 @@ for ax, (name, fn) in zip(axes, {"silu": F.silu, "softmax": lambda t: t.softmax(
 fig
 
 # %% [markdown]
-# The elementwise one is a diagonal: each gradient is one product. Softmax fills the matrix: each gradient is a sum down a column. Either way
-# the backward is a row $dy^T$ times this matrix. Here is that product for softmax, and what `torch.func.vjp` gives.
+# silu's is a diagonal: each gradient is one product. Softmax fills the matrix: each gradient is a sum down a column. Either way the backward
+# is the row $dy^T$ times this matrix. Here is that product for softmax (each panel with a colour scale of its own), and what
+# `torch.func.vjp` gives.
 
 # %%
 dy = torch.randn(8, dtype=torch.float64)
@@ -64,7 +66,8 @@ for ax, t, title in zip(axes, (dy[None], jacobian, dx[None]), ("dy, a row", "tim
 fig
 
 # %% [markdown]
-# Nobody builds the matrix. For 8192 tokens of width 14336, as in a Llama 8B, how many numbers would it have? Count first.
+# Nobody builds the matrix. In the MLP of Llama 3 8B a token is 14336 numbers wide. For silu of 8192 tokens, how many numbers would the
+# Jacobian have? Count first.
 
 # %%
 n = 8192 * 14336
@@ -73,7 +76,8 @@ print(f"{n:,} numbers in, as many out: a matrix of {n * n:.1e}")
 # %% [markdown]
 # ## SwiGLU
 #
-# **Formula.** Half of a Llama's MLP, elementwise, with $\sigma(a) = 1/(1 + e^{-a})$:
+# **Formula.** A Llama's MLP multiplies its input by two matrices, which gives $gate$ and $up$, tensors of one shape. SwiGLU joins the two,
+# element by element, with $\sigma(a) = 1/(1 + e^{-a})$:
 #
 # $$y = silu(gate) \cdot up, \qquad silu(a) = a\,\sigma(a).$$
 #
@@ -81,7 +85,7 @@ print(f"{n:,} numbers in, as many out: a matrix of {n * n:.1e}")
 #
 # $$silu'(a) = \sigma(a) + a\,\sigma(a)(1 - \sigma(a)) = \sigma(a)\,(1 + a\,(1 - \sigma(a))).$$
 #
-# Hence $dup = dy \cdot silu(gate)$ and $dgate = dy \cdot up \cdot silu'(gate)$.
+# From $y = silu(gate) \cdot up$ and $silu'$ write down $dgate$ and $dup$ on paper. Exercise 1.2 asks for them.
 
 # %%
 a = torch.linspace(-8, 8, 200, dtype=torch.float64)
@@ -97,8 +101,8 @@ fig
 # %% [markdown]
 # ### Exercise 1.1
 #
-# **Specification.** `forward(gate, up) -> (y, residuals)`: tensors of any one shape; residuals are a tuple of what your backward will read, and
-# no more than two tensors of that shape. Change neither input.
+# **Specification.** `forward(gate, up) -> (y, residuals)`: tensors of any one shape. `residuals` is a tuple of what both of your gradients
+# read besides $dy$: two tensors of that shape are enough, and more are too many. Change neither input.
 
 
 # %%
@@ -111,8 +115,8 @@ course.check("1.1", forward)
 # %% [markdown]
 # ### Exercise 1.2
 #
-# **Specification.** `backward(residuals, dy) -> (dgate, dup)`, where `residuals = (gate, up)`. Use the formulas above, not autograd; compute in the
-# dtype that came. It must hold for a `dy` that is not 1.
+# **Specification.** `backward(residuals, dy) -> (dgate, dup)`, where `residuals = (gate, up)` and all are tensors of one shape and dtype; so
+# are the results. Use your formulas, not autograd; compute in the dtype that came.
 
 
 # %%
@@ -124,7 +128,8 @@ def backward(residuals, dy):
 course.check("1.2", backward)
 
 # %% [markdown]
-# What does a wrong answer look like? Here is one that forgot that silu is a product, and its check:
+# What does a wrong answer look like? Here is one that forgot that silu is a product, and its check. *Its error* is $\lVert got - truth \rVert$,
+# the root of the sum of squares; the other number is what rounding alone may make of it.
 
 
 # %%
@@ -143,8 +148,8 @@ course.check(key="1.2", answer=forgot_the_product_rule)
 #
 # $$\frac{\partial L}{\partial a_i} \approx \frac{L(a + h e_i) - L(a - h e_i)}{2h}.$$
 #
-# Its own error is about $h^2$ from the curve, plus $u/h$ from rounding, where $u$ is the dtype's rounding unit. Predict: where is the best
-# $h$ in fp64, with $u \approx 10^{-16}$? And in fp32, with $u \approx 6 \cdot 10^{-8}$?
+# Here $e_i$ is 1 at element $i$ and 0 elsewhere. The error is about $h^2$ from the curve, plus $u/h$ from rounding, where $u$ is the largest
+# relative error of one rounding: $10^{-16}$ in fp64, $6 \cdot 10^{-8}$ in fp32. Predict: at which $h$ is the sum smallest, in each?
 
 # %%
 steps = torch.logspace(-12, 0, 49, dtype=torch.float64)
@@ -159,8 +164,12 @@ ax.legend()
 fig
 
 # %% [markdown]
-# At the best step fp64 gives some eleven digits, and fp32 some five: too few to tell a right gradient from a nearly right one. So the **truth** in this
-# course is fp64, and a function in fp32 or bf16 is compared with that.
+# The two parts are equal where $h^3 = u$: at $5 \cdot 10^{-6}$ in fp64, at $4 \cdot 10^{-3}$ in fp32. The error there is about $u^{2/3}$: eleven
+# digits are right in fp64, five in fp32. (Left of $3 \cdot 10^{-8}$, half the spacing of fp32 at 0.7, $a + h$ rounds to $a$: the difference is
+# 0, and the error is the slope itself.)
+#
+# Five digits are too few to tell a right gradient from a nearly right one. So the check has two steps. Finite differences in fp64 check the
+# formula. Then the formula in fp64 is the **truth** with which fp32 or bf16 is compared.
 #
 # **How near is near enough?** The library's rule: error at most that of plain PyTorch in the same dtype, plus one rounding of the result.
 # No tolerance to choose, none to loosen.
@@ -180,7 +189,8 @@ course.check("1.3", slope)
 # %% [markdown]
 # ## The library's pair
 #
-# `liger_fn.swiglu` carries its parts. `fwd` and `bwd` are explicit; the function itself is differentiable, also under `torch.func`.
+# `liger_fn.swiglu` carries its pair, `fwd` and `bwd`. The function itself is differentiable, also under `torch.func`. Its residuals are `gate`
+# and `up`, as yours, and the options of the call.
 
 # %%
 gate, up = torch.randn(2, 3, 4)
@@ -188,22 +198,49 @@ y, residuals = liger_fn.swiglu.fwd(gate, up)
 print("residuals:", residuals._fields)
 dgate, dup = liger_fn.swiglu.bwd(residuals, torch.ones_like(y))
 by_func = torch.func.grad(lambda g: liger_fn.swiglu(g, up).sum())(gate)
-print("bwd = torch.func.grad?", torch.equal(dgate, by_func))
+print("bwd gives what torch.func.grad gives:", torch.equal(dgate, by_func))
 per_row = torch.func.vmap(torch.func.grad(lambda g, u: liger_fn.swiglu(g, u).sum()))(gate, up)
-print("vmap(grad):", tuple(per_row.shape))
+print("so does the gradient of each row alone, by torch.func.vmap:", torch.equal(dgate, per_row))
 
 # %% [markdown]
-# How one is declared. `custom_vjp` takes the residuals' type, the pair for kernels, the pair in plain PyTorch, and the reference; the body of
-# the public function only checks its arguments.
+# How is such a function declared? `swiglu` has the decorator `_glu`, printed below; its own body only checks its arguments. `custom_vjp` takes
+# the residuals' type, the pair over kernels, the pair in plain PyTorch, and the definition, `reference`. `diff=2`: the first two arguments have
+# gradients. `outputs`, `gradients` and `cotangents` tell a compiler the shapes of $y$, of the gradients and of $dy$.
 
 # %%
 course.show_source("glu.py", "_glu", "_reference")
 
 # %% [markdown]
-# What it makes of the pair, where nothing but plain autograd is at work. Read `forward` and `backward` below: `pairs[backend]` holds the pure
-# functions. `save_for_backward` keeps the residuals that are tensors, `ctx.rest` the others. `needs` says which gradients are wanted at all.
-# And where the graph is freed by this backward, `not keep_graph()` tells `bwd` that nobody reads what `fwd` computed again. (`seen` is the other
-# path, for compilers and transforms such as `vmap`.)
+# How does a pair become something that `.backward()` can walk through? PyTorch's way is a class with two static methods. `ctx` carries the
+# residuals from one to the other:
+
+
+# %%
+class SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        y, residuals = liger_fn.swiglu.fwd(gate, up)
+        ctx.save_for_backward(*residuals[:2])
+        ctx.kind, ctx.options = type(residuals), residuals[2:]
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return liger_fn.swiglu.bwd(ctx.kind(*ctx.saved_tensors, *ctx.options), dy)
+
+
+leaf = gate.clone().requires_grad_()
+SwiGLU.apply(leaf, up).sum().backward()
+print("through autograd, the same:", torch.equal(leaf.grad, dgate))
+
+# %% [markdown]
+# The library writes this class once for all its functions. Find the same lines below: `pairs[backend]` holds the pair;
+# `save_for_backward` keeps the residuals that are tensors, `ctx.rest` the others. What is new:
+#
+# - `needs` says which gradients are wanted at all; the others are not computed.
+# - `not keep_graph()` is true where this backward frees the graph: then `bwd` may write over what `fwd` computed, as nobody reads it again.
+# - `seen` takes another path, for compilers and transforms such as `vmap`.
+# - Below `_grad_enabled()`, `refuse` makes a second derivative an error. Without it, autograd would take the gradients for constants.
 
 # %%
 course.show_source("_vjp.py", "_lean")
@@ -211,8 +248,9 @@ course.show_source("_vjp.py", "_lean")
 # %% [markdown]
 # ## Purity, and donation
 #
-# Why so strict? Autograd hands one tensor to many readers. If a backward writes over `gate` to save memory, the next reader of `gate` gets
-# another tensor. A kernel writes by address, so PyTorch's version counter, which guards its own in-place functions, notices nothing:
+# Why so strict? Autograd hands one tensor to many readers. If a backward writes over `gate` to save memory, the next reader of `gate` finds
+# other numbers. PyTorch guards its own in-place functions: each raises the tensor's **version**, a count, and a backward that finds another
+# version than its forward saw is an error. But a kernel writes by address and raises nothing:
 
 # %%
 gate = torch.randn(4, requires_grad=True)
@@ -225,9 +263,10 @@ print("gradient:", gate.grad.tolist())
 print("expected:", torch.func.grad(lambda g: (g * g).sum() + F.silu(g).sum())(gate.detach()).tolist())
 
 # %% [markdown]
-# No error, and a wrong gradient. Where memory must be reused, the caller has to say that nobody reads it again. JAX calls that **donation**;
-# here it is `donate=True`. `swiglu`'s backward then writes `dgate` over `gate` where it may, and *raises its version*. So a second reader that
-# kept `gate` gets an error instead of a wrong number. Predict what each of the two lines prints:
+# No error, and a wrong gradient: both readers found zeros, and $2 \cdot 0 + silu'(0) = 0.5$. Where memory must be reused, the caller has to
+# say that nobody reads it again. JAX calls that **donation**; here it is `donate=True`. `swiglu`'s backward then writes `dgate` over `gate`
+# (never over a leaf, so the cell clones one) and *raises its version*. A second reader that kept `gate` gets an error instead of a wrong
+# number. Predict what each of the two lines prints:
 
 # %%
 for donate in (False, True):
@@ -246,7 +285,7 @@ for donate in (False, True):
 # ## Summary
 #
 # - A differentiable function is a pair of pure functions, and residuals between them.
-# - The truth is fp64. Finite differences prove a formula, and fp64 proves a dtype.
+# - Finite differences in fp64 check a formula. The formula in fp64 is the truth for every other dtype.
 # - Writing over a tensor is a promise about every other reader. Donation makes the caller give that promise.
 #
 # Next, lesson 2: what such a function costs on a GPU, before any is written.

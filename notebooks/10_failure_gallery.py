@@ -24,7 +24,6 @@ DEVICE = course.DEVICE
 
 # %% [markdown]
 # ## Room 1: a write that nobody sees
-#
 # **Formula.** With $g$ = gate, $u$ = up and $\sigma$ the sigmoid: $dg = dy\,u\,\sigma(g)(1 + g(1 - \sigma(g)))$, $du = dy\,g\,\sigma(g)$. To
 # save memory, this kernel stores both over its inputs. Predict: what does a second backward through the same graph return?
 
@@ -69,14 +68,14 @@ ax.legend()
 fig
 
 # %% [markdown]
-# No error: PyTorch counts its own in-place functions in `_version`, and a kernel writes by address. The same fault in other clothes:
-# logits zeroed under `no_grad`, RoPE that turns `q` where it lies, and a norm whose backward writes `dx` over `dy`. That last one breaks the
-# *neighbour*: in `h = x + norm(x)` both branches receive one and the same `dy`. (Below, `norm` is a factor of 3, so $dx = 1 + 3$.)
+# No error: PyTorch counts its own in-place functions in `_version`, and a kernel writes by address. So the second backward took $dg$ for $g$ and
+# $du$ for $u$. The same fault in other clothes: RoPE that turns `q` where it lies, and a norm whose backward writes `dx` over `dy`. That one breaks
+# the *neighbour*: in `h = x + norm(x)` both branches receive one and the same `dy`. Below, `norm` is a factor of 3, so $dx = 1 + 3$. Predict what comes.
 
 # %%
 over_dy = differentiable(lambda ctx, x: 3 * x, lambda ctx, dy: dy.data.mul_(3))  # past the version counter, as a kernel writes
 x, dy = torch.ones(3, requires_grad=True), torch.ones(3)
-print("dx:", grad(x + over_dy(x), x, dy)[0].tolist(), "expected [4, 4, 4]; dy is now", dy.tolist())
+print("dx:", grad(x + over_dy(x), x, dy)[0].tolist(), "= 3 + 3, expected 1 + 3; dy is now", dy.tolist())
 
 # %% [markdown]
 # ### Exercise 10.1
@@ -99,7 +98,6 @@ course.show_source("numerics.py", "bits", "untouched", package="tests")
 
 # %% [markdown]
 # ## Room 2: cotangents
-#
 # **Formula.** A backward is linear and pure: $bwd(res, c \cdot dy) = c \cdot bwd(res, dy)$, today and when asked again.
 #
 # **Scaled twice.** A loss may compute its gradient in forward, and multiply it by what comes from above. Done in place, it stays multiplied.
@@ -114,7 +112,7 @@ def sum_of_squares(ctx, x):
 
 x = torch.ones(1, requires_grad=True)
 loss = differentiable(sum_of_squares, lambda ctx, dy: ctx.dx.mul_(dy).clone())(x)
-print("dx for dy = ½, three times:", [float(grad(loss, x, torch.tensor(0.5), retain_graph=True)[0]) for _ in range(3)])
+print("dx for dy = ½, expected 1 each time:", [float(grad(loss, x, torch.tensor(0.5), retain_graph=True)[0]) for _ in range(3)])
 
 # %% [markdown]
 # **Strides.** `y.sum().backward()` sends an *expanded* tensor: one number in memory, all strides 0. A kernel that reads `dy_ptr + i` reads
@@ -144,7 +142,7 @@ for ax, t, title in zip(axes, (2 * dy, dx), ("dx, right", "dx, as the kernel rea
 fig
 
 # %% [markdown]
-# **Frozen inputs.** A backward that looks at its first input alone leaves a trainable head over frozen hidden states without gradient.
+# **Frozen inputs.** A backward that returns nothing if its *first* input needs no gradient leaves a head over frozen hidden states untrained.
 #
 # ### Exercise 10.2
 # **Specification.** `check_backward(swiglu) -> None`: `swiglu(gate, up) -> y` is differentiable and `F.silu(gate) * up` is its truth, to fp32's rounding.
@@ -160,16 +158,19 @@ def check_backward(swiglu):
 course.check("10.2", check_backward)
 
 # %% [markdown]
-# The library's. `s` is a sample of a function's inputs; `restride` puts NaN between strided elements. What is compared bit for bit, and why can it be?
+# The library's. `s` is a sample of a function's inputs, `s.cots` its cotangents; `restride` puts NaN between strided elements. All gradients are
+# compared bit for bit. Why may they be, also those of the doubled cotangent?
 
 # %%
 course.show_source("contract.py", "test_second_backward", "restride", package="tests")
 
 # %% [markdown]
+# The same kernel on the same numbers, without atomics, gives the same bits. And a factor of 2 changes only exponents: it commutes with rounding.
+#
 # ## Room 3: offsets of 32 bits
 # **Formula.** `offset = row * stride + column`. `tl.program_id` and whole numbers below $2^{31}$ are int32 in a kernel, and so is their product:
-# it is taken modulo $2^{32}$, and read with a sign. With 128,256 logits a row, which row is the first to have a negative offset? No memory is
-# needed to see it: this kernel stores the offset itself.
+# it is taken modulo $2^{32}$, and read with a sign. With 128,256 logits a row, which row is the first to begin at a negative offset? No memory
+# is needed to see it: this kernel stores the offset itself.
 
 
 # %%
@@ -216,6 +217,8 @@ course.check("10.3", check_offsets)
 course.show_source("_glu_rows.py", "_place")
 
 # %% [markdown]
+# Both `.to(tl.int64)` stand before a product: by `BLOCK` here, by a stride in the caller. `left` is at most `BLOCK`, so 32 bits hold it.
+#
 # ## Room 4: numbers
 # **Formula.** The rule of lesson 1, with $u$ = half the spacing of the dtype at 1 ($2^{-8}$ for bf16, whose `eps` is $2^{-7}$):
 #
@@ -241,7 +244,7 @@ for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
     ax.plot(2 ** torch.arange(11), [error(2**i, dtype) for i in range(11)], "o-", label=f"total in {name}")
 allowed = float((naive.double() - truth).norm() / truth.norm()) + torch.finfo(torch.bfloat16).eps / 2
 ax.axhline(allowed, color=course.INK, linestyle="--", linewidth=0.9, label="allowed by the rule")
-ax.set(xscale="log", yscale="log", xlabel="chunks", ylabel="error / ‖truth‖")
+ax.set(xscale="log", yscale="log", xlabel="chunks", ylabel="error / ‖truth‖", title="a total in bf16 is rounded once a chunk")
 ax.legend()
 fig
 
@@ -259,17 +262,18 @@ def check_dweight(dweight):
 course.check("10.4", check_dweight)
 
 # %%
+# the library's: first NaN and infinities, element by element; then the rule over all that is finite
 course.show_source("numerics.py", "assert_near", package="tests")
 
 # %% [markdown]
 # **Memory that nobody wrote.** `torch.empty` often returns what an earlier, right call left there, so a kernel that stores nothing passes.
-# Fill it with NaN first, as the library's tests do for every call. This grid is too small for 40 numbers:
+# Fill it with NaN first, as the library's tests do for every call. Here one program of 32 is launched for 40 numbers:
 
 # %%
 torch.use_deterministic_algorithms(True)  # with it, torch.empty is filled with NaN
 half_done = torch.empty(40, device=DEVICE)
 torch.use_deterministic_algorithms(False)
-doubled_kernel[(1,)](torch.ones(40, device=DEVICE), half_done, 32, BLOCK=32)
+doubled_kernel[(1,)](torch.ones(40, device=DEVICE), half_done, 40, BLOCK=32)
 print("never written:", int(half_done.isnan().sum()), "of 40")
 
 # %% [markdown]
@@ -278,17 +282,20 @@ print("never written:", int(half_done.isnan().sum()), "of 40")
 # a target outside of $[0, V)$ a kernel reads `logits[row, target]` all the same: another row's number, and a plausible loss.
 
 # %%
-logits, ignored = torch.randn(4, 6), torch.full((4,), -100)
-print("all ignored:", {f.__module__: float(f(logits, ignored)) for f in (F.cross_entropy, liger_fn.cross_entropy)})
+logits, ignored = torch.randn(4, 6, requires_grad=True), torch.full((4,), -100)
+for f in (F.cross_entropy, liger_fn.cross_entropy):
+    loss = f(logits, ignored)
+    print(f"all ignored, {f.__module__}: loss {float(loss.detach())}, largest gradient {float(grad(loss, logits)[0].abs().max())}")
+print("a kernel that masks a row by a factor of 0, and scales it by 1/n:", float(torch.tensor(0.0) * (1 / torch.tensor(0.0))))
 
 # %% [markdown]
-# A NaN spreads through the optimizer into every weight. So here the mean over no row is 0, and so is its gradient; `return_aux=True` also
-# gives the number of rows that counted, so that an empty batch need not hide.
+# PyTorch skips ignored rows, so only its loss is NaN. In a kernel that computes $0 \cdot \infty$, the gradient is, too, and the optimizer carries it into
+# every weight. In the library the mean over no row is 0; `return_aux=True` also gives the number of rows that counted, so that it need not hide.
 #
 # ### Exercise 10.5
 # **Specification.** `check_loss(loss) -> None`: `loss(logits: [N, V], target: [N], reduction) -> Tensor`, reduction "mean" (the default), "sum" or "none"; −100 is
-# ignored. PyTorch is the truth where some row counts. All ignored: 0, and a gradient of 0. A target of V: ValueError. Look at gradients too:
-# with "none", each row has a cotangent of its own.
+# ignored. PyTorch is the truth where some row counts. All ignored: 0, and a gradient of 0. A target of V: ValueError. Look at gradients too: with
+# "none", each row has a cotangent of its own. (The library raises it on a CPU. On a GPU looking makes the host wait: there such a loss is NaN.)
 
 
 # %%
@@ -299,8 +306,8 @@ def check_loss(loss):
 course.check("10.5", check_loss)
 
 # %% [markdown]
-# **Partial rotary.** Some models turn only the first W of D channels, with tables of W. This function (lesson 5) pairs channel $i$ with
-# $i + D/2$ whatever the tables' width, and reads the right number of entries. No error, plausible numbers. A test by *properties*
+# **Partial rotary** (lesson 5). Some models turn only the first W of D channels, with tables of W. This function pairs channel $i$ with
+# $i + D/2$ in place of $i + W/2$. Where W is $D/2$, it reads all of the tables: no error, plausible numbers. A test by *properties*
 # catches it without any reference: channels past W keep their bits, and a turned pair keeps its length.
 
 
@@ -312,7 +319,7 @@ def rope_of_all(q, cos, sin):
 
 
 def check_rope(rope):
-    angle = torch.rand(5, 2).repeat(1, 2)  # W = 4: two pairs
+    angle = torch.rand(5, 2).repeat(1, 2)  # W = 4: the pairs are channels 0 and 2, 1 and 3
     q = torch.randn(1, 3, 5, 8)
     y = rope(q, angle.cos(), angle.sin())
     assert torch.equal(y[..., 4:], q[..., 4:]), "channels past the tables were changed"
@@ -334,7 +341,7 @@ ask("the library's", lambda: check_rope(lambda q, cos, sin: liger_fn.rope(q, Non
 # ## Room 6: right, and slow
 # Faults of cost have tests too. Most need no GPU.
 #
-# - **fp64 by accident.** A Python float that arrives as an fp64 scalar makes all that it touches fp64. `tl.static_assert` in the kernel is a test.
+# - **fp64 by accident.** One fp64 factor makes all that it touches fp64 (`torch.compile` has passed Python floats so). `tl.static_assert` is a test.
 # - **The host waits.** `.item()` asks the GPU for a number. Meta tensors have shapes and no numbers, so on them every such question is an error.
 # - **Compiled anew for each length.** Count the different keys. A `tl.constexpr` that is the sequence length is one kernel a length.
 # - **A gradient that nobody asked for.** Count the work with the head frozen.
@@ -353,19 +360,13 @@ ask("an fp64 factor", lambda: scaled_kernel[(1,)](torch.ones(1, device=DEVICE), 
 ask("a loss with .item()", lambda: torch.ones(3, device="meta").sum().item())
 keys = {n: triton.next_power_of_2(n) for n in range(1000, 1064)}
 print(f"kernels for 64 lengths, keyed by the length: {len(keys)}, by its power of two: {len(set(keys.values()))}")
-
-
-def head_backward(x, w, dy, needs):
-    return dy @ w, dy.T @ x  # the second whatever `needs` says
-
-
+dy, x, w = torch.randn(8, 32), torch.randn(8, 16), torch.randn(32, 16)
 with FlopCounterMode(display=False) as counter:
-    head_backward(torch.randn(8, 16), torch.randn(32, 16), torch.randn(8, 32), needs=(True, False))
+    _ = dy @ w, dy.T @ x  # dx and dw of a head y = x wᵀ; its w is frozen
 print(f"a frozen head: {counter.get_total_flops():,} FLOPs, where {2 * 8 * 16 * 32:,} were wanted")
 
 # %% [markdown]
 # ## The list
-#
 # Each fault, and the library's test that fails if it comes back. The cell looks every name up, so that the list cannot go stale.
 
 # %%
@@ -381,8 +382,7 @@ LIST = {
     "compose.py": {"wrong when compiled": "test_compile", "compiled for each size": "test_compile_dynamic"},
     "liger_fn/test_cross_entropy.py": {"all ignored": "test_all_ignored", "wrong target": "test_target_out_of_range"},
     "liger_fn/test_rope.py": {"partial rotary": "test_interleaved_is_a_product_of_complex_numbers"},
-    "test_recompilation.py": {"a kernel for each length": "test_lengths_share_their_kernels"},
-    "conftest.py": {"memory never written": "uninitialised_memory_is_nan"},
+    "test_recompilation.py": {"a kernel for each length": "test_lengths_share_their_kernels"}, "conftest.py": {"memory never written": "uninitialised_memory_is_nan"},
 }  # fmt: skip
 for file, tests in LIST.items():
     text = (course.ROOT / "tests" / file).read_text()

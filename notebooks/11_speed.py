@@ -8,11 +8,14 @@
 # here, for an H100, with no GPU.
 
 # %%
+from functools import partial
+
 import course  # before triton
 import torch
 import triton
 import triton.language as tl
 from course import kernels11 as k
+from course.lessons.lesson11 import chosen
 from course.offline import compiled, job
 
 import liger_fn
@@ -50,19 +53,15 @@ fig
 
 # %% [markdown]
 # 36 bytes, 9 times the floor. One kernel for all of it must be faster. Here is the naive one: its block is small, so that it works for any
-# row; it walks the row for the sum of squares, and again for $y$. (`notebooks/course/kernels11.py` holds the
-# kernels of this lesson, and `launch`, which runs one with a row a program.)
+# row; it walks the row for the sum of squares, and again for $y$. (`notebooks/course/kernels11.py` holds the kernels of this lesson, `launch`,
+# which runs one with a row a program, and what makes the inputs that are timed.)
 
 # %%
 course.show_source("course/kernels11.py", "two_walks", package="notebooks")
 small, scale = torch.randn(5, 300, device=DEVICE), torch.rand(300, device=DEVICE)
-truth = small.double() * torch.rsqrt(small.double().square().mean(1, keepdim=True) + 1e-6) * scale.double()
-for name, y in {
-    "two_walks": k.launch(k.two_walks, small, scale, block=64),
-    "one_pass": k.launch(k.one_pass, small, scale),
-    "hinted": k.launch(k.hinted, small, scale),
-}.items():
-    course.near(name, y, truth.cpu(), rounding=8)
+for kernel, block in ((k.two_walks, 64), (k.one_pass, None), (k.hinted, None)):
+    name = kernel.fn.__name__
+    course.near(name, k.launch(kernel, small, scale, block=block), k.truth(small, scale), rounding=8)
     print(f"{name} is right")
 
 # %% [markdown]
@@ -70,45 +69,28 @@ for name, y in {
 # step), 128 threads, each holds 2 numbers.
 #
 # Does the second walk cost a third array through memory, 1.5 times the floor? Predict. Between the two walks of a row lie 8 KB, and L2 holds
-# 50 MB. To tell the second walk from the small block, the third time has two walks, too, but each loads the row at once.
+# 50 MB. To tell the second walk from the small block, the last row of the table has two walks, too, but each loads the row at once.
 
 # %%
 times = {}
 
 
 def step(name, fn, begin=0, columns=H):
-    """Time `fn(x, w)`, where the rows of x begin `begin` elements into wider ones."""
-
-    def prepare():
-        x, w = torch.randn(N * H // columns, columns + begin, device="cuda").bfloat16(), torch.ones(columns, device="cuda").bfloat16()
-        x = x[:, begin:]
-        return lambda: fn(x, w)
-
-    times[name] = course.timed(f"11 forward {name}", prepare, bytes=4 * N * H)
+    """The time of `fn(x, w)`, where the rows of x begin `begin` elements into wider ones; those of 4096 columns are kept in `times`."""
+    time = course.timed(f"11 forward {name}", k.forward_of(fn, N * H // columns, columns, begin), bytes=4 * N * H)
+    if columns == H:
+        times[name] = time
+    return time
 
 
-def several(n, what):
-    return f"{n} {what}{'s' * (n > 1)}"
-
-
-def plain(x, w, eps=1e-6):
-    h = x.float()
-    return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * w
-
-
-def copy():
-    x = torch.randn(N, H, device="cuda").bfloat16()
-    return x.clone
-
-
-copied = course.timed("11 copy of 64 MiB", copy, bytes=4 * N * H)
-step("plain PyTorch", plain)
+copied = course.timed("11 copy of 64 MiB", k.forward_of(lambda x, w: x.clone(), N, H), bytes=4 * N * H)
+step("plain PyTorch", k.plain)
 step("fused, 256 columns at a time", lambda x, w: k.launch(k.two_walks, x, w, block=256))
 step("two walks, 4096 columns at a time", lambda x, w: k.launch(k.two_walks, x, w, block=4096, warps=8))
 print(course.table([("a copy", copied), *times.items()], floor=copied.us))
 
 # %% [markdown]
-# If the third time is near the copy's, the second walk came from a cache, and the second time shows what small blocks cost: few bytes asked for
+# If the last row is near the copy, the second walk came from a cache. The row above it then shows what small blocks cost: few bytes asked for
 # at once, many times. Sections 2 and 3 make that precise.
 #
 # ### Exercise 11.1
@@ -137,8 +119,8 @@ course.check("11.1", one_pass)
 # ## 2. Reading machine code
 #
 # Triton turns a kernel into **PTX**, NVIDIA's portable assembly, and `ptxas` turns that into machine code. Neither needs a GPU, only to know
-# which one is meant: an H100 is `sm_90`. But Triton decides at its import whether it interprets or compiles, and here it interprets. So the
-# compiler runs in a process of its own, with `TRITON_INTERPRET=0`, which gets the kernel's text:
+# which one is meant: an H100 is `sm_90`. But Triton decides at its import whether it interprets or compiles, and without a GPU this course
+# interprets. So the compiler runs in a process of its own, with `TRITON_INTERPRET=0`, which gets the kernel's text:
 
 # %%
 course.show_source("course/offline.py", "compiled", package="notebooks")
@@ -163,11 +145,11 @@ course.access(axes[1], [range(t, 64, 8) for t in range(8)], 16, "16 bits a threa
 fig
 
 # %% [markdown]
-# What does the compiler know? At a launch Triton looks at each integer argument, and compiles a kernel of its own for multiples of 16, and for
-# 1. Below are variants that compute the same. Predict which of them keep wide loads:
+# What does the compiler know? At a launch Triton looks at each integer and address, and compiles a kernel of its own for multiples of 16 (of an
+# address: bytes), and for the integer 1. Below are variants that compute the same. Predict which of them keep wide loads:
 #
-# - `one_pass`, all sizes multiples of 16;
-# - `one_pass`, no size a multiple of 16: a slice `x[:, 1:]`, an odd H;
+# - `one_pass`, all sizes and addresses multiples of 16;
+# - `one_pass`, none of them a multiple of 16;
 # - `strided`: columns `col_stride` apart, which at run time is 1, but the compiler was told not to look (`do_not_specialize`);
 # - `hidden_mask`: its mask is `col <= H - 1` instead of `col < H`.
 
@@ -184,26 +166,14 @@ for name, use in found.items():
     loads = ", ".join(f"{n} of {bits} bits" for bits, n in sorted(use.loads.items(), reverse=True))
     print(f"{name:<24} {use.registers:3} registers a thread, loads: {loads}")
 
-fig, axes = course.figure(9, 2.6, columns=2, sharey=True)
-left = dict.fromkeys(found, 0)
-for bits, colour in ((128, 2), (32, 3), (16, 0)):
-    counts = [use.loads.get(bits, 0) for use in found.values()]
-    axes[0].barh(list(found), counts, left=list(left.values()), color=course.PALETTE[colour], label=f"{bits} bits")
-    left = {name: left[name] + n for name, n in zip(found, counts, strict=True)}
-axes[0].set(xlabel="load instructions a thread")
-axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8)
-axes[1].barh(list(found), [use.registers for use in found.values()], color=course.PALETTE[1])
-axes[1].set(xlabel="registers a thread")
-axes[0].invert_yaxis()
-fig
-
 # %% [markdown]
 # Of the three proofs, "nothing divisible" lacks two: a row may begin anywhere, and the mask may end within 8 numbers. `strided` lacks contiguity of x;
-# its weight is still wide. `hidden_mask` lacks constancy alone: the compiler knows what 16 | H says of `col < H`, and nothing of $H - 1$. One
-# character, and eight times the instructions. (`two_walks` has few loads in its text, and runs them 16 times. Its block gives a thread only
+# its weight is still wide. `hidden_mask` lacks constancy alone: the compiler knows what 16 | H says of `col < H`, and nothing of $H - 1$. The same
+# mask in other words, and eight times the instructions. (`two_walks` has few loads in its text, and runs them 16 times. Its block gives a thread only
 # 2 numbers, so its widest load is 32 bits.)
 #
-# Time the second of them: `one_pass` for whole rows, and for a slice `x[:, 1:]`.
+# In a model the second comes from a slice, `x[:, 1:]`: its rows begin 2 bytes off, and lie an odd number apart. H is still 4096, so that only x's
+# loads are narrow. Time it beside whole rows:
 
 # %%
 step("the row at once, 8 warps", lambda x, w: k.launch(k.one_pass, x, w, warps=8))
@@ -217,8 +187,9 @@ print(course.table([("a copy", copied), *list(times.items())[1:]], floor=copied.
 # say itself what divides them. `tl.multiple_of(n, 16)` of a plain integer is lost on this compiler; arithmetic is not: it knows that 16
 # divides `n // 16 * 16`.
 #
-# **Specification.** `add_rows(x: [N, H], a: [N, H]) -> s: [N, H]`; rows of x are `x.stride(0)` apart, a and s are contiguous. The kernel below is right and slow. Give it wide loads where `EVEN`, which says that
-# 16 divides H and the stride; it must stay right where `EVEN` is false. The check compiles both.
+# **Specification.** `add_rows(x: [N, H], a: [N, H]) -> s: [N, H]`; rows of x are `x.stride(0)` apart, a and s are contiguous. The kernel below is right
+# and slow. Give it wide loads and stores where `EVEN`, which says that 16 divides H and the stride; it must stay right where `EVEN` is false. The
+# check compiles both.
 
 
 # %%
@@ -269,22 +240,12 @@ course.show_source("_launch.py", "COUNTS", "jit")
 # %%
 HOPS = 4096
 course.show_source("course/kernels11.py", "chase", package="notebooks")
-
-
-def chasing():
-    following = (torch.arange(2**26, device="cuda") + 1024) % 2**26  # 4 KB further, each time
-    following, end = following.int(), torch.empty(1, device="cuda", dtype=torch.int32)
-    return lambda: k.chase[(1,)](following, end, HOPS=HOPS, num_warps=1)
-
-
-latency = course.timed("11 chase of 4096 loads", chasing).us / HOPS
+latency = course.timed("11 chase of 4096 loads", k.chasing(HOPS)).us / HOPS
 needed = copied.gb_per_s / 2 * 1e3 * latency / 132  # half of a copy's bytes are read; GB/s · µs = 10³ bytes
 print(f"latency {latency:.2f} µs; at the least {needed / 1024:.1f} KiB of loads under way in each multiprocessor")
 
 # %% [markdown]
-# That is the least: as if loads were under way all the time. A program loads, then computes, then stores; so there must be more, and how much more is measured.
-#
-# **Picture.** The candidates for rows of 4096: `one_pass` with 1 to 32 warps. What does each take?
+# That is the least, as if loads were under way all the time. **Picture.** The candidates: `one_pass` with 1 to 32 warps. What does each take?
 
 # %%
 WARPS = (1, 2, 4, 8, 16, 32)
@@ -314,25 +275,18 @@ def worth_timing(uses, held, needed):
 course.check("11.3", worth_timing)
 
 # %% [markdown]
-# The check's own count, beside the times; rows of 16384 are a quarter as many, so that both move as much. Look for a bar that is missing on
-# the left, and for its time on the right. Where times are flat, all candidates have enough under way. A count excludes what cannot work;
-# a clock decides among the rest.
+# The check's own count, beside the times; rows of 16384 are a quarter as many, so that both move as much. (With 1 warp those are not tried: 512
+# numbers a thread.) At 2 warps a bar is missing on the left; what is its time? At 32 warps, are 16 KiB enough, and 32 KiB?
 
 # %%
-from course.lessons.lesson11 import chosen
-
-by_warps = {4096: {}, 16384: {}}
-for columns, candidates in ((4096, uses), (16384, wide)):
-    for n in candidates:
-        name = f"the row at once, {several(n, 'warp')}" + f", of {columns}" * (columns != H)
-        step(name, lambda x, w, n=n: k.launch(k.one_pass, x, w, warps=n), columns=columns)
-        by_warps[columns][n] = times[name].us if columns == H else times.pop(name).us
 fig, axes = course.figure(9, 2.8, columns=2)
 for shift, columns, candidates, colour in ((-0.2, 4096, uses, 1), (0.2, 16384, wide, 3)):
     flying = chosen(candidates, held=2 * columns, needed=0)
     at = [WARPS.index(n) + shift for n in candidates]
+    names = [f"the row at once, {k.several(n, 'warp')}" + f", of {columns}" * (columns != H) for n in candidates]
+    us = [step(name, partial(k.launch, k.one_pass, warps=n), columns=columns).us for name, n in zip(names, candidates, strict=True)]
     axes[0].bar(at, [flying.get(n, 0) / 1024 for n in candidates], 0.4, color=course.PALETTE[colour], label=f"rows of {columns}")
-    axes[1].bar(at, list(by_warps[columns].values()), 0.4, color=course.PALETTE[colour])
+    axes[1].bar(at, us, 0.4, color=course.PALETTE[colour])
 axes[0].axhline(needed / 1024, color=course.INK, linestyle="--", linewidth=0.9)
 axes[0].set(xlabel="warps", ylabel="KiB", title="under way in a multiprocessor (dashed: the least)")
 axes[0].legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
@@ -343,21 +297,21 @@ for ax in axes:
 fig
 
 # %% [markdown]
-# The library's choice of warps is such a rule, with constants that were found by the clock on an H100: a warp holds 512 numbers of rows of 1024 to 8192, and 1024
-# of others. `rows` is the next step: a row of 128 numbers gives one warp 4 numbers a thread, so short rows share a program.
+# The least is not enough, since a program's bytes are under way for a part of its life alone: it starts, loads, sums and stores. A count excludes
+# what cannot work; a clock decides among the rest. The library's choice of warps is such a rule, with constants found by the clock on an H100: a
+# warp holds 512 numbers of rows of 1024 to 8192, and 1024 of others. `rows` is the next step: a row of 128 numbers gives one warp 4 numbers a
+# thread, so short rows share a program.
 
 # %%
 course.show_source("_norm_rows.py", "Tile", "tile")
 short = torch.randn(10, 128, device=DEVICE)
-truth = short.double() * torch.rsqrt(short.double().square().mean(1, keepdim=True) + 1e-6)
-course.near("several_rows", k.launch_rows(short, torch.ones(128, device=DEVICE), 4, 4), truth.cpu(), rounding=8)
-
+ones = torch.ones(128, device=DEVICE)
+course.near("several_rows", k.launch_rows(short, ones, 4, 4), k.truth(short, ones), rounding=8)
 
 shorts = {}
 for rows, warps in ((1, 4), (1, 1), (4, 1), (8, 1), (16, 4)):
-    name = f"rows of 128, {rows} a program, {several(warps, 'warp')}"
-    step(name, lambda x, w, rows=rows, warps=warps: k.launch_rows(x, w, rows, warps), columns=128)
-    shorts[name] = times.pop(name)
+    name = f"rows of 128, {rows} a program, {k.several(warps, 'warp')}"
+    shorts[name] = step(name, partial(k.launch_rows, rows=rows, warps=warps), columns=128)
 print(course.table([("a copy", copied), *shorts.items()], floor=copied.us))
 
 # %% [markdown]
@@ -381,7 +335,8 @@ print(course.table([("a copy", copied), *times.items()], floor=copied.us))
 fig
 
 # %% [markdown]
-# A step that gained nothing is a result, too: it is left out, and the kernel stays short.
+# Compare the row with hints and the one without. The weight is 8 KB, and every program reads it, so it hardly leaves the cache in any case. A step
+# that gains nothing is a result, too. (In a model, arrays of other kernels share the cache, which this timing cannot show.)
 #
 # ## 5. The backward: a sum that crosses programs
 #
@@ -402,35 +357,21 @@ for name, fn in {"atomics": k.by_atomics, "shares": lambda *a: k.by_shares(*a, p
         course.near(f"{which} by {name}", a, b.cpu(), rounding=16)
     print(f"{name}: dx and dw are right")
 for stages, u in zip((1, 3), compiled(*[job(k.backward_shares, warps=8, fp32=FP32, BLOCK=4096, STAGES=s) for s in (1, 3)]), strict=True):
-    print(f"shares, {several(stages, 'stage')}: {u.registers} registers a thread, {u.shared} bytes of shared memory a program")
+    print(f"shares, {k.several(stages, 'stage')}: {u.registers} registers a thread, {u.shared} bytes of shared memory a program")
 
 # %% [markdown]
+# Three stages keep two more rows in shared memory, 16 KB each; with one it only passes numbers from thread to thread.
+#
 # How many programs? Fewer than 132 leave multiprocessors idle. More make the second launch longer, and more than fit at once run in rounds.
 # Count: with the registers printed above, 8 warps and one stage, how many programs has a multiprocessor?
 
-
 # %%
-def prepare_backward(fn):
-    def prepare():
-        dy, x = torch.randn(2, N, H, device="cuda").bfloat16()
-        w, r = torch.ones(H, device="cuda").bfloat16(), torch.rand(N, device="cuda")
-        return lambda: fn(dy, x, w, r)
-
-    return prepare
-
-
-def library():
-    x, dy = torch.randn(2, N, H, device="cuda").bfloat16()
-    _, residuals = liger_fn.rms_norm.fwd(x, torch.ones(H, device="cuda").bfloat16())
-    return lambda: liger_fn.rms_norm.bwd(residuals, dy, needs=(True, True))
-
-
-back = {"atomics": course.timed("11 backward atomics", prepare_backward(k.by_atomics), bytes=6 * N * H)}
+back = {"atomics": course.timed("11 backward atomics", k.backward_of(k.by_atomics, N, H), bytes=6 * N * H)}
 for programs, stages in ((66, 1), (132, 1), (264, 1), (528, 1), (132, 3), (264, 3)):
-    name = f"{programs} shares, {several(stages, 'stage')}"
-    call = prepare_backward(lambda *a, p=programs, s=stages: k.by_shares(*a, p, s))
-    back[name] = course.timed(f"11 backward {name}", call, bytes=6 * N * H)
-back["liger_fn.rms_norm"] = course.timed("11 backward liger_fn", library, bytes=6 * N * H)
+    name = f"{programs} shares, {k.several(stages, 'stage')}"
+    call = partial(k.by_shares, programs=programs, stages=stages)
+    back[name] = course.timed(f"11 backward {name}", k.backward_of(call, N, H), bytes=6 * N * H)
+back["liger_fn.rms_norm"] = course.timed("11 backward liger_fn", k.library_backward(N, H), bytes=6 * N * H)
 floor = copied.us * 6 / 4
 fig, ax = course.figure(8.5, 2.8)
 ax.barh(list(back), [t.us for t in back.values()], color=course.PALETTE[3])
@@ -442,10 +383,10 @@ fig
 
 # %% [markdown]
 # Two: up to 128 registers, 65,536 / (256 · 128) = 2. So 264 programs run at once, and 528 in two rounds. The library's constants are again from
-# a clock; its stages keep some 64 KB under way in a multiprocessor, more than Little's law asked for at the least:
+# a clock; its stages keep some 64 KB under way in a multiprocessor, more than Little's law asked for at the least (`HELD` is 8192 columns):
 
 # %%
-course.show_source("_norm_bwd.py", "_tile")
+course.show_source("_norm_bwd.py", "STEP", "_tile")
 
 # %% [markdown]
 # ## Summary
@@ -454,6 +395,6 @@ course.show_source("_norm_bwd.py", "_tile")
 # - Read once: what is held in registers is not read again.
 # - Wide loads need three proofs: contiguous, divisible, a constant mask. Compile and count; no GPU is needed for that.
 # - Bytes under way = programs that fit × what each has asked for. Registers, threads and shared memory decide how many fit.
-# - Each step is measured against the floor. What did not gain is taken out again.
+# - Each step is measured against the floor. That one gained nothing is a result, too.
 #
 # Next, lesson 12: reading figures, and when not to write a kernel.

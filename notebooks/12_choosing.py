@@ -22,14 +22,15 @@ from tests.bench.training import report as training
 # ## 1. Where others win
 #
 # A **case** is a function, a shape and a pass: `rms_norm`, 8192 × 4096, forward. Two times may be compared only if one run measured both: on another day the GPU is
-# warmer or colder, and its clock is another. So `measured` takes each case whole from the last run that has it, and never mixes runs.
+# warmer or colder, and its clock is another. So `measured` takes each case whole from the last run that has it, and never mixes runs. (`together` groups
+# the runs that have one machine and one set of versions; `allowed` are the rows of functions whose tests are green, since a wrong function has no speed.)
 
 # %%
 course.show_source("lessons/lesson12.py", "measured", package="notebooks/course")
 cases = measured()
 for runs in report.together({path.stem: results.load(path) for path in results.FOLDER.glob("*.json")}).values():
     machine = reduce(results.Result.with_later, runs.values()).machine
-    print(len(runs), "runs on", machine["device"], "with torch", machine["torch"], "triton", machine["triton"])
+    print(len(runs), "runs:", ", ".join(f"{name} {version}" for name, version in machine.items() if name not in ("date", "sources")))
 
 # %% [markdown]
 # **Picture.** For each function and shape, the time of each other tool over ours: right of the line ours is faster, left of it slower. *native* is PyTorch's
@@ -121,10 +122,10 @@ fig
 
 # %% [markdown]
 # `torch.compile`'s line for the head ends at 16,384 tokens: beyond it was not measured, since it keeps all the logits. Up to there the times are
-# alike; what differs is memory. liger-kernel keeps least of all at few tokens, at the price of time, and is a little faster than ours at very many. So "is it faster?" is the wrong question for a head; "do the logits fit?" is the right one.
+# alike; what differs is memory. liger-kernel keeps least of all at few tokens, at the price of time; at the most tokens it is a little faster than ours, and keeps more. So "is it faster?" is the wrong question for a head; "do the logits fit?" is the right one.
 #
-# **Tiny inputs.** A GPU can only be as fast as the host gives it work. For each call and its backward, the host's cost (the median of paired turns on a tiny
-# input); predict who costs least:
+# **Tiny inputs.** A GPU can only be as fast as the host gives it work. For each call and its backward, the host's cost on a tiny input (`torch.compile`'s was
+# not measured); predict who costs least:
 
 # %%
 hosts = {op: rows for (op, _, mode), rows in cases.items() if mode == table.HOST}
@@ -140,7 +141,7 @@ fig
 
 # %% [markdown]
 # PyTorch's own functions, where they exist (green), are called from C++ and cost the host least. If a call's device time is below its host time, the GPU waits for Python, and a
-# faster kernel changes nothing. CUDA graphs or larger batches do.
+# faster kernel changes nothing. Larger batches do, or CUDA graphs: recorded launches, which the GPU replays without the host.
 #
 # ## 3. What a faster kernel is worth
 #
@@ -163,7 +164,7 @@ course.check("12.2", step_speedup)
 
 # %% [markdown]
 # **Picture.** Where a step of Llama 1B goes, by kinds of kernels, at 4 × 4096 tokens and at longer sequences. The red part is all that functions like ours can change; matrix
-# products, attention and the optimizer are the same function whoever calls it. Before you run it: if the red part of *stock* took no time, how many times faster would it be?
+# products, attention and the optimizer are not ours. Before you run it: if the red part of *stock* took no time, how many times faster would it be?
 
 # %%
 STAYS = {"matrix products": course.PALETTE[1], "attention": course.PALETTE[5], "optimizer": course.PALETTE[7]}
@@ -225,7 +226,7 @@ for repeat in (5, 50, 500, 5000):
     print(f"repeat={repeat:<5} 'ours is {faulty(Device(), norm, peer, x, repeat):.2f} times faster'; the two kernels take the same")
 
 # %% [markdown]
-# The answer depends on `repeat`, and never says 1 for a reason that is right.
+# The answer depends on `repeat`. With 5 it says 1 for a wrong reason: compiling takes 20,000 µs in both, and drowns the rest.
 #
 # ### Exercise 12.3
 #
@@ -259,7 +260,7 @@ course.show_source("bench/heads.py", "in_turns", package="tests")
 #
 # 1. If the part's disappearing would make the step less than 2 % faster, return `"leave it"`.
 # 2. Tools that take more than `room` are out, and `"torch.compile"` if the model does not compile.
-# 3. A call costs the larger of its device and host time (a tool that is not in `host_us` costs the host nothing).
+# 3. A call costs the larger of its device and host time. (A tool that is not in `host_us` costs the host nothing, and one that is not in `mib` no memory.)
 # 4. Of all that cost at most 2 % more than the cheapest, take the one that you need to install least for: `"native"`, `"eager"`, `"torch.compile"`, `"liger_fn"`, in this order.
 #
 # If no tool is left, return `"own kernel"`. The check makes the table of your rule over the committed figures.

@@ -5,12 +5,15 @@ Each kernel uses `tl` and its arguments alone: `course.offline` compiles it from
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+import liger_fn
 
 
 @triton.jit
@@ -117,7 +120,7 @@ def backward_atomic(dy_ptr, x_ptr, w_ptr, r_ptr, dx_ptr, dw_ptr, H, BLOCK: tl.co
 
 @triton.jit
 def backward_shares(dy_ptr, x_ptr, w_ptr, r_ptr, dx_ptr, shares_ptr, N, H, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """Programs take turns through the rows, keep the weight and a share of dw in registers, and load STAGES rows ahead."""
+    """Programs take turns through the rows, keep the weight and a share of dw in registers, and load STAGES - 1 rows ahead."""
     col = tl.arange(0, BLOCK)
     w = tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32)
     dw = tl.zeros((BLOCK,), tl.float32)
@@ -158,8 +161,71 @@ def by_atomics(dy: Tensor, x: Tensor, w: Tensor, r: Tensor) -> tuple[Tensor, Ten
 
 
 def by_shares(dy: Tensor, x: Tensor, w: Tensor, r: Tensor, programs: int, stages: int) -> tuple[Tensor, Tensor]:
-    """(dx, dw) of contiguous rows, by so many programs, which load so many rows ahead."""
+    """(dx, dw) of contiguous rows, by so many programs, which have rows in so many stages: computed now, or loaded ahead."""
     dx, shares = torch.empty_like(x), torch.empty(programs, x.shape[1], device=x.device)
     block = triton.next_power_of_2(x.shape[1])
     backward_shares[(programs,)](dy, x, w, r, dx, shares, *x.shape, BLOCK=block, STAGES=stages, num_warps=8)
     return dx, shares.sum(0)
+
+
+# --- what is compared, and inputs of a size to time -------------------------------------------------------------------------------------
+
+
+def truth(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
+    """y in fp64, on the CPU."""
+    x, w = x.cpu().double(), w.cpu().double()
+    return x * torch.rsqrt(x.square().mean(1, keepdim=True) + eps) * w
+
+
+def plain(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
+    """y by plain PyTorch, with statistics in fp32."""
+    h = x.float()
+    return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * w
+
+
+def several(n: int, what: str) -> str:
+    """`1 warp`, `2 warps`."""
+    return f"{n} {what}{'s' * (n > 1)}"
+
+
+def forward_of(fn: Callable[[Tensor, Tensor], object], n: int, h: int, begin: int = 0) -> Callable[[], Callable[[], object]]:
+    """For `course.timed`: `fn(x, w)` on n rows of h, in bf16, which begin `begin` elements into wider ones."""
+
+    def prepare() -> Callable[[], object]:
+        x, w = torch.randn(n, h + begin, device="cuda").bfloat16()[:, begin:], torch.ones(h, device="cuda").bfloat16()
+        return lambda: fn(x, w)
+
+    return prepare
+
+
+def backward_of(fn: Callable[..., object], n: int, h: int) -> Callable[[], Callable[[], object]]:
+    """For `course.timed`: `fn(dy, x, w, r)` on n rows of h, in bf16."""
+
+    def prepare() -> Callable[[], object]:
+        dy, x = torch.randn(2, n, h, device="cuda").bfloat16()
+        w, r = torch.ones(h, device="cuda").bfloat16(), torch.rand(n, device="cuda")
+        return lambda: fn(dy, x, w, r)
+
+    return prepare
+
+
+def library_backward(n: int, h: int) -> Callable[[], Callable[[], object]]:
+    """For `course.timed`: the backward of `liger_fn.rms_norm`, with the weight's gradient."""
+
+    def prepare() -> Callable[[], object]:
+        x, dy = torch.randn(2, n, h, device="cuda").bfloat16()
+        _, residuals = liger_fn.rms_norm.fwd(x, torch.ones(h, device="cuda").bfloat16())
+        return lambda: liger_fn.rms_norm.bwd(residuals, dy, needs=(True, True))
+
+    return prepare
+
+
+def chasing(hops: int) -> Callable[[], Callable[[], object]]:
+    """For `course.timed`: so many loads, one after the other, 4 KB apart."""
+
+    def prepare() -> Callable[[], object]:
+        following = ((torch.arange(2**26, device="cuda") + 1024) % 2**26).int()
+        end = torch.empty(1, device="cuda", dtype=torch.int32)
+        return lambda: chase[(1,)](following, end, HOPS=hops, num_warps=1)
+
+    return prepare

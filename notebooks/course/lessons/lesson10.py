@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.gradcheck import GradcheckError
 
 from course import DEVICE, Wrong, exercise
 from course.exercises import Answer
@@ -28,9 +29,15 @@ def judge(test: Answer, right: Sequence[Subject], faulty: Sequence[Subject]) -> 
     """A test is worth something if it is green on what is right and red on what is wrong: any error counts as red, as in pytest."""
     for name, make, remedy in right:
         try:
-            test(*make())
+            returned = test(*make())
         except AssertionError as error:
             raise Wrong(f"your test fails {name}, which is right: {str(error) or 'its assert has no message'}. {remedy}") from error
+        except GradcheckError as error:
+            raise Wrong(
+                f"gradcheck fails {name}, which is right: its finite differences need inputs in fp64, not fp32 (lesson 1)"
+            ) from error
+        if isinstance(returned, bool):
+            raise Wrong(f"your test returned {returned}, which nobody reads: a test raises, by `assert`, where something is wrong")
     missed = [s for s in faulty if not _red(test, s)]
     if missed:
         lines = [f"· {s.name}: {s.remedy}" for s in missed]

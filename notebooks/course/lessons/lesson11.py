@@ -15,6 +15,7 @@ from course.offline import Compiled, compiled, job, kernel_of
 
 THREADS = 256  # of the programs that are compiled: 8 warps
 BLOCK = 4096
+WIDEN = "Is what you load widened, `.to(tl.float32)`, before it is squared? A sum in bf16 keeps 8 bits."
 
 
 def apart(rows: Tensor, stride: int, beyond: float) -> Tensor:
@@ -61,7 +62,7 @@ def one_pass(answer: Answer) -> str | None:
             near(f"y of {name}{where}", y, values.double() * truth[:, None] * w.cpu().double(), rounding=8)
     half = torch.randn(4, 96, device=DEVICE).bfloat16()
     y, _ = answer(half, torch.ones(96, device=DEVICE).bfloat16(), eps)
-    near("y of bf16", y, half.cpu().double() * torch.rsqrt(half.cpu().double().square().mean(1, keepdim=True) + eps), rounding=2)
+    near("y of bf16", y, half.cpu().double() * torch.rsqrt(half.cpu().double().square().mean(1, keepdim=True) + eps), rounding=2, why=WIDEN)
 
     (use,) = machine_code(answer, {})
     least = 2 * 2 * BLOCK
@@ -91,6 +92,8 @@ def _explain(r: object, squares: Tensor, h: int, eps: float, stride: int) -> Non
     for words, value in likely.items():
         if not torch.allclose(value, right, rtol=1e-5) and torch.allclose(got, value, rtol=1e-4):
             raise Wrong(words)
+    if stride > h and len(got) > 1 and abs(got[0] / right[0] - 1) < 1e-4 and not torch.allclose(got[1:], right[1:], rtol=1e-4):
+        raise Wrong(f"the first row is right, the next are not: rows of x are x.stride(0) = {stride} apart here, where H is {h}")
     if stride > h and bool((got < 1e-3 * right).all()):
         raise Wrong("r is far too small: columns beyond the row were read (a mask is missing?)")
 
@@ -130,13 +133,13 @@ def _words(widths: dict[int, int]) -> str:
 
 # --- what a multiprocessor holds --------------------------------------------------------------------------------------------------------
 
-LIMITS = ("registers", "round", "threads", "programs", "shared")
 FORGOTTEN = {
     "registers": "registers limit the programs, too",
     "round": "a thread gets its registers in eights: 33 take the room of 40",
     "threads": "a multiprocessor has at most 2048 threads",
     "programs": "a multiprocessor has at most 32 programs",
     "shared": "shared memory limits the programs, too: 228 KiB, of which each program takes 1 KiB more than it asks for",
+    "reserved": "of shared memory each program takes 1 KiB more than it asks for",
 }
 
 
@@ -147,7 +150,7 @@ def resident(use: Compiled, without: str = "") -> int:
         "registers": 65536 // (registers * 32 * use.warps),
         "threads": 2048 // (32 * use.warps),
         "programs": 32,
-        "shared": 228 * 1024 // (use.shared + 1024),
+        "shared": 228 * 1024 // max(1, use.shared + 1024 * (without != "reserved")),
     }
     return min(v for k, v in limits.items() if k != without)
 
@@ -166,7 +169,7 @@ CASES: tuple[tuple[dict[int, Compiled], int], ...] = (
     ({4: _use(4, 33), 8: _use(8, 64)}, 8192),
     ({1: _use(1, 220), 2: _use(2, 113), 4: _use(4, 56), 8: _use(8, 38), 16: _use(16, 25), 32: _use(32, 19)}, 8192),
     ({1: _use(1, 24), 2: _use(2, 16)}, 256),
-    ({4: _use(4, 64, shared=100 * 1024), 8: _use(8, 64, shared=56 * 1024)}, 16384),
+    ({4: _use(4, 64, shared=100 * 1024), 8: _use(8, 64, shared=57 * 1024)}, 16384),
     ({1: _use(1, 255, spilled=224), 4: _use(4, 108)}, 16384),
 )
 

@@ -55,6 +55,8 @@ def slower(answer: Answer) -> str | None:
         raise Wrong("norm: eager is faster than compile; the fastest other is asked for")
     if "norm" in got and abs(got["norm"][1] - 0.5) < 1e-9:
         raise Wrong("the ratio is ours ÷ theirs, 2 here: how many times slower ours is")
+    if "norm" in got and abs(got["norm"][1] - 1.0) < 1e-9:
+        raise Wrong("the ratio is ours ÷ theirs, 2 here, not by how much that is over 1")
     same("the answer", got, {"norm": ("eager", 2.0)})
     modes = (*table.MODES, *table.HEAD_MODES)
     peers = ("liger_fn", "eager", "torch.compile", "native", "liger-kernel")
@@ -215,7 +217,12 @@ CHOICES: tuple[tuple[Choice, str, str], ...] = (
 )
 def choose(answer: Answer) -> str | None:
     for case, right, why in CHOICES:
-        got = answer(case)
+        try:
+            got = answer(case)
+        except KeyError as error:
+            raise Wrong(
+                f"{error} is not in one of the dicts of {case}: a tool that is not in `host_us` or `mib` takes nothing there"
+            ) from error
         if got != right:
             raise Wrong(f"for {case}: {got!r}, expected {right!r}: {why}")
     return _decided(answer)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from course import mistake
+from course.solutions.lesson01 import slope as central
 
 
 @mistake("1.1", "an input was changed")
@@ -22,6 +23,11 @@ def exchanged(gate, up):
 @mistake("1.1", "more than two tensors")
 def keeps_all(gate, up):
     return F.silu(gate) * up, (gate, up, torch.sigmoid(gate))
+
+
+@mistake("1.1", "too little is kept")
+def keeps_gate_alone(gate, up):
+    return F.silu(gate) * up, (gate,)
 
 
 @mistake("1.1", "return two things")
@@ -43,6 +49,20 @@ def dy_is_one(residuals, dy):
     return up * s * (1 + gate * (1 - s)), gate * s
 
 
+@mistake("1.2", "up is missing")
+def up_forgotten(residuals, dy):
+    gate, _ = residuals
+    s = torch.sigmoid(gate)
+    return dy * s * (1 + gate * (1 - s)), dy * gate * s
+
+
+@mistake("1.2", "the dtype of dgate is torch.float32")
+def always_fp32(residuals, dy):
+    gate, up = (t.float() for t in residuals)
+    s = torch.sigmoid(gate)
+    return dy.float() * up * s * (1 + gate * (1 - s)), dy.float() * gate * s
+
+
 @mistake("1.2", "the order is (dgate, dup)")
 def other_order(residuals, dy):
     gate, up = residuals
@@ -58,6 +78,11 @@ def one_sided(loss, a, h=1e-5):
         step.view(-1)[i] = h
         out.view(-1)[i] = (loss(a + step) - loss(a)) / h
     return out
+
+
+@mistake("1.3", "the dtype of the slope is torch.float32")
+def into_fp32(loss, a, h=1e-5):
+    return central(loss, a, h).float()
 
 
 @mistake("1.3", "times 2")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch.autograd import grad
@@ -37,6 +39,13 @@ def the_first_alone(call, tensors):
     assert torch.equal(tensors[0].view(torch.int32), kept)
 
 
+@mistake("10.1", "returned True", "`assert`")
+def returns_a_verdict(call, tensors):
+    kept = [t.clone() for t in tensors]
+    call()
+    return all(torch.equal(t.contiguous().view(torch.uint8), k.contiguous().view(torch.uint8)) for t, k in zip(tensors, kept, strict=True))
+
+
 def _leaves():
     return [torch.randn(3, 5, device=DEVICE).requires_grad_() for _ in range(2)]
 
@@ -63,6 +72,13 @@ def another_cotangent(swiglu):
     gate, up = _leaves()
     want = grad((F.silu(gate) * up).sum(), gate)[0]
     assert torch.allclose(grad((2 * swiglu(gate, up)).sum(), gate)[0], want)
+
+
+@mistake("10.2", "gradcheck", "fp64")
+def differences_in_fp32(swiglu):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.autograd.gradcheck(swiglu, _leaves())
 
 
 @mistake("10.3", "lets 4 of 5", "past 2**31", "odd offset")

@@ -61,6 +61,22 @@ def sums(x, w, eps):
     return (x * r[:, None] * w).to(x.dtype), r
 
 
+@triton.jit
+def by_width_kernel(x_ptr, w_ptr, y_ptr, r_ptr, stride, H, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * H + col, mask=col < H, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32)
+    r = 1.0 / tl.sqrt(tl.sum(x * x, 0) / H + eps)
+    tl.store(y_ptr + row * H + col, (x * r * w).to(y_ptr.dtype.element_ty), mask=col < H)
+    tl.store(r_ptr + row, r)
+
+
+@mistake("11.1", "first row is right", "x.stride(0)")
+def takes_rows_for_contiguous(x, w, eps):
+    return _run(by_width_kernel, x, w, eps)
+
+
 @triton.jit(do_not_specialize=["stride", "H"])
 def unchanged_kernel(x_ptr, a_ptr, s_ptr, stride, H, EVEN: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -118,6 +134,16 @@ def promises_what_is_not_so(x, a):
 def exact_registers(uses, held, needed):
     def count(use):
         return min(65536 // (use.registers * 32 * use.warps), 2048 // (32 * use.warps), 32, 228 * 1024 // (use.shared + 1024))
+
+    return {w: n for w, use in uses.items() if not use.spilled and (n := count(use) * held) >= needed}
+
+
+@mistake("11.3", "1 KiB more")
+def what_it_asks_for(uses, held, needed):
+    def count(use):
+        registers = -(-use.registers // 8) * 8
+        shared = 228 * 1024 // use.shared if use.shared else 32
+        return min(65536 // (registers * 32 * use.warps), 2048 // (32 * use.warps), 32, shared)
 
     return {w: n for w, use in uses.items() if not use.spilled and (n := count(use) * held) >= needed}
 

@@ -17,6 +17,11 @@ def other_way_round(times, ours, margin):
     return {case: (who, 1 / ratio) for case, (who, ratio) in right(times, ours, margin).items()}
 
 
+@mistake("12.1", "over 1")
+def what_is_over_one(times, ours, margin):
+    return {"norm": ("eager", times["norm"][ours] / times["norm"]["eager"] - 1)}
+
+
 @mistake("12.1", "the fastest other")
 def the_first_that_is_faster(times, ours, margin):
     return {c: next((w, t[ours] / v) for w, v in t.items() if v < t[ours]) for c, t in times.items() if c in right(times, ours, margin)}
@@ -103,6 +108,12 @@ def times_the_flush(device, ours, theirs, x, repeat):
 @mistake("12.3", "upside down")
 def ours_over_theirs(device, ours, theirs, x, repeat):
     return 1 / _ratio(device, ours, theirs, x, repeat)
+
+
+@mistake("12.4", "`host_us` or `mib`")
+def every_tool_in_every_dict(case):
+    fit = [tool for tool in case.device_us if case.mib[tool] <= case.room]
+    return min(fit, key=lambda tool: max(case.device_us[tool], case.host_us[tool]))
 
 
 @mistake("12.4", "the host sets the pace")
