@@ -39,11 +39,11 @@ def as_model(terms: Terms, layers: int) -> Terms:
 
 
 def whole_steps(terms: dict[Key, Terms], folder: Path = store.FOLDER) -> list[Compared]:
-    """Every committed row of a step whose layers were measured."""
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        found += [_compared(row, terms[key]) for row in store.load(path).rows if (key := _key(row)) in terms]
-    return found
+    """Each step whose layers were measured, as it was last timed."""
+    runs = {path.stem: store.load(path) for path in folder.glob("*.json")}
+    oldest_first = sorted(runs, key=lambda stem: (runs[stem].machine["date"], len(stem), stem))
+    rows = {row.key: row for stem in oldest_first for row in runs[stem].rows}
+    return [_compared(row, terms[key]) for row in rows.values() if (key := _key(row)) in terms]
 
 
 def _key(row: Row) -> Key:
