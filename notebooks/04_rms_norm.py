@@ -23,11 +23,11 @@ DEVICE = course.DEVICE
 #
 # $$r = \frac{1}{\sqrt{\frac1H \sum_i x_i^2 + \epsilon}}, \qquad y_i = x_i \, r \, w_i.$$
 #
-# **Picture.** What the function reads and writes for $[N, H]$: each number of $x$ once, each of $y$ once, and one $r$ a row, which the
-# backward will need. The weight is read by every program, and stays in the cache.
+# **Traffic** for $[N, H]$: each number of $x$ is read once, each of $y$ written once, and one $r$ a row, which the backward will need. The
+# weight is read by every program, and stays in the cache.
 #
-# **Why statistics are fp32.** bf16 keeps 8 bits of a number. A running sum in bf16 stops to grow when the next square is less than
-# half a unit of its last bit. Predict: at which size does a sum of ones in bf16 stop?
+# **Why statistics are fp32.** bf16 keeps 8 bits of a number. A running sum in bf16 no longer grows where the next square is less than half
+# a unit of its last bit, or just half of it (a tie goes to the even neighbour). Predict: at which size does a sum of ones in bf16 stop?
 
 # %%
 counts = [2**i for i in range(4, 13)]
@@ -81,18 +81,19 @@ course.show_source("rms_norm.py", "_rms_norm_fwd_kernel")
 # %% [markdown]
 # ## Backward, by hand
 #
-# Given $dy_i = \partial L / \partial y_i$, we want $dx_i = \partial L / \partial x_i$. Let $g_i = dy_i w_i$, so that
-# $dL = \sum_i g_i \, d(x_i r) = \sum_i g_i \, (r\,dx_i + x_i\,dr)$.
+# Given $dy_i = \partial L / \partial y_i$, we want $dx_j = \partial L / \partial x_j$. Let $g_i = dy_i w_i$. A small change $\delta x$ of the row
+# changes $r$ too, and the loss by $\delta L = \sum_i g_i \, \delta(x_i r) = \sum_i g_i \, (r\,\delta x_i + x_i\,\delta r)$.
 #
-# $r$ depends on every $x_j$. From $r = (\frac1H \sum x_j^2 + \epsilon)^{-1/2}$:
+# $r$ depends on every $x_j$. From $r = (\frac1H \sum_i x_i^2 + \epsilon)^{-1/2}$:
 #
 # $$\frac{\partial r}{\partial x_j} = -\tfrac12 \left(\tfrac1H \textstyle\sum x^2 + \epsilon\right)^{-3/2} \cdot \tfrac{2 x_j}{H} = -\frac{r^3 x_j}{H}.$$
 #
-# Put in, and collect what stands before $dx_j$:
+# Put in $\delta r = \sum_j \frac{\partial r}{\partial x_j} \delta x_j$, and collect what stands before $\delta x_j$:
 #
 # $$dx_j = r\,g_j - x_j\,r^3\,\frac1H \sum_i g_i x_i.$$
 #
-# The second term is what makes the row's gradient (nearly) orthogonal to the row: stretching $x$ changes nothing in $y$. Check it:
+# The second term makes the row's gradient orthogonal to the row: stretching $x$ changes nothing in $y$ (but for $\epsilon$, which is 0 here).
+# Check both:
 
 # %%
 x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
@@ -134,8 +135,8 @@ course.check("4.2", dx)
 #
 # 1. Every program adds its row to `dw` with `tl.atomic_add`. Programs end in any order, so the additions happen in any order, and the last
 #    bits differ from run to run.
-# 2. Every program writes its row's share, `[N, H]` in fp32, and a second launch sums them. The same bits each time; but as much memory as x
-#    twice over.
+# 2. Every program writes its row's share, `[N, H]` in fp32, and a second launch sums them. The same bits each time; but twice the memory of
+#    an x in bf16.
 # 3. **Two stages**: P programs take turns through the rows, each keeps one running sum of H numbers in registers, and writes that. A second
 #    launch sums `[P, H]`. With P = 264 (two for each multiprocessor of an H100) this is small beside x.
 #
@@ -217,7 +218,8 @@ for name, a, b, t in zip(("dx", "dw"), ours, naive, truth, strict=True):
 # %% [markdown]
 # ## How fast
 #
-# At the least forward reads x and writes y: $2 \cdot N \cdot H \cdot 2$ bytes in bf16. Forward and backward: 5 such arrays. On an H100:
+# At the least, forward reads x and writes y: 2 arrays of $2NH$ bytes in bf16. Backward reads dy and x and writes dx: 3 more. The forward on an
+# H100 (lesson 11 makes a backward fast):
 
 # %%
 n, h = 8192, 4096
