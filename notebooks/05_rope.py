@@ -257,7 +257,7 @@ course.show_source("_rope_kernels.py", "_pairs", "_turn")
 # ## Its own backward
 #
 # **Formula.** For one pair $q' = A q$ with the matrix $A = \begin{pmatrix} c & -s \\ s & c \end{pmatrix}$. The backward of any linear function is its
-# transpose: $dL = dq'^T A\, dq = (A^T dq')^T dq$, so the gradient is $A^T dq'$, with
+# transpose: a small change $\delta q$ changes the loss by $\delta L = dq'^T A\, \delta q = (A^T dq')^T \delta q$, so the gradient $dq$ is $A^T dq'$, with
 #
 # $$A^T = \begin{pmatrix} c & s \\ -s & c \end{pmatrix}.$$
 #

@@ -280,7 +280,7 @@ course.check("6.3", packed_backward)
 #
 # The backward reads gate, up and dy, and writes dgate and dup: 5 arrays at once. Element by element, so each result fits where an input was:
 # 3 arrays. It is right if nobody reads gate and up again, and only the caller knows. **Donation** is the caller's word for it: in
-# `liger_fn.swiglu(gate, up, donate=True)`.
+# `liger_fn.swiglu(gate, up, donate=True)`. A patched MLP gives it where plain linear layers without hooks made gate and up: who else could have them?
 #
 # Predict for each line of the next cell whether dgate lies in gate's memory: a plain call; a donated one; a donated one whose graph is kept for a second
 # backward (`retain_graph`); a donated one of a gate that is a **leaf** (made by the caller, as a parameter is).
@@ -347,7 +347,7 @@ course.check("6.4", in_place)
 # %% [markdown]
 # ## On a GPU
 #
-# Forward and backward move 8 arrays at the least (2 in, 1 out; 3 in, 2 out). Eager backward runs three products and one function for silu: count what it
+# Forward and backward move 8 arrays at the least (2 in, 1 out; 3 in, 2 out). Eager backward runs two products and one function for silu: count what it
 # moves, and predict how many times the floor it takes. The floor is 8 arrays at 3.35 TB/s; the arrays are 8192 x 14336, in bf16.
 
 
