@@ -5,8 +5,8 @@
 # logits themselves, and say exactly when that is safe. You need lessons 3 and 4. 25 minutes.
 #
 # A language model ends with one number for each word of its vocabulary: the **logits**, `[N, V]` for N tokens. The vocabulary is large: with
-# V = 128256 a single row in bf16 is 256 KB, more than the registers of a multiprocessor hold. So a kernel cannot load a row and look
-# at it as a whole, as lesson 4 did.
+# V = 128256 a single row, widened to fp32, takes 513 KB: twice what the registers of a multiprocessor hold. So a kernel cannot load a row and
+# look at it as a whole, as lesson 4 did.
 
 # %%
 import inspect
@@ -352,7 +352,7 @@ course.show_source("_scale.py", "_scale_kernel")
 #
 # Count the bytes at the least, for forward and backward, in arrays of the logits' size ($2NV$ bytes in bf16). Without donation: the forward
 # reads the logits; the backward reads them again and writes the gradient. With donation: the logits are read twice, but a row of
-# 256 KB is still in the L2 cache the second time. What is the ratio? Plain PyTorch: the logits are widened to fp32, log-softmax writes
+# 257 KB (bf16) is still in the L2 cache the second time. What is the ratio? Plain PyTorch: the logits are widened to fp32, log-softmax writes
 # another such array, and the backward reads and writes more.
 
 # %%
