@@ -18,6 +18,7 @@ from types import MethodType
 import course  # before triton
 import torch
 import transformers
+from course.models09 import course_model, draw_answers, draw_kept, kept, train
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
@@ -107,17 +108,7 @@ def questions(patch):
 
 
 answers = {way: questions(patch) for way, patch in WAYS.items()}
-rows = list(answers["class"])
-fig, ax = course.figure(6.6, 2.9)
-for i, way in enumerate(WAYS):
-    for j, question in enumerate(rows):
-        good = answers[way][question]
-        ax.text(i, j, "yes" if good else "no", ha="center", va="center", fontsize=9, color="white")
-        ax.add_patch(course.picture.Rectangle((i - 0.47, j - 0.44), 0.94, 0.88, color=course.PALETTE[2 if good else 0], zorder=-1))
-ax.set(xlim=(-0.5, 2.5), ylim=(len(rows) - 0.5, -0.5), title="after A was patched; red: not what you want")
-ax.set_xticks(range(3), [f"by {way}" for way in WAYS])
-ax.set_yticks(range(len(rows)), rows)
-fig
+draw_answers(answers)
 
 # %% [markdown]
 # **By class**, B changes, which may be the reference that you compare with, and so do models that are made later. **By tree**, hooks are lost, and an `isinstance` or a list
@@ -287,8 +278,6 @@ print("\n".join(inspect.getsource(liger_patch.archs.gemma).splitlines()[:16]))
 course.show_source("models09.py", "CourseNorm", "CourseMLP", package="notebooks/course")
 
 # %%
-from course.models09 import course_model
-
 torch.manual_seed(0)
 model = course_model("course_lesson")
 try:
@@ -334,7 +323,7 @@ print("forwards left in instances:", sum("forward" in m.__dict__ for m in model.
 # ### One wrong number
 #
 # This entry says that the norm scales by $w$, where the model scales by $1 + w$: Gemma's offset, forgotten. What would happen without a proof? `verify=False` is for this
-# experiment. Both models begin with the same weights and see the same text (the source of a file of this course). Predict the two curves.
+# experiment. Both models begin with the same weights and see the same text (the source of a file of this course; `train` is a plain loop over it, in `course/models09.py`). Predict the two curves.
 
 # %%
 wrong_arch = replace(suggestion.arch, model_type="course_wrong", norm=replace(suggestion.arch.norm, offset=0.0))
@@ -342,24 +331,9 @@ liger_patch.register(wrong_arch)
 broken = course_model("course_wrong")
 broken.load_state_dict(model.state_dict())
 text = torch.tensor(list((course.ROOT / "notebooks/course/compare.py").read_bytes())) % 64
-
-
-def train(model, steps=60):
-    chosen, losses = torch.Generator().manual_seed(1), []
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    for _ in range(steps):
-        batch = torch.stack([text[i : i + 32] for i in torch.randint(len(text) - 32, (8,), generator=chosen).tolist()])
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
-
-
 with plainly():
     liger_patch.auto(broken, verify=False)
-    curves = {"stock": train(copy.deepcopy(model)), "patched by the wrong entry": train(broken)}
+    curves = {"stock": train(copy.deepcopy(model), text), "patched by the wrong entry": train(broken, text)}
 fig, ax = course.figure(7.5, 2.8)
 for n, (name, losses) in enumerate(curves.items()):
     ax.plot(losses, label=name, color=course.PALETTE[1 - n])
@@ -394,38 +368,16 @@ with plainly():
 V = 4096
 config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=V)
 model, ids = LlamaForCausalLM(config).train(), torch.randint(V, (2, 64))
-
-
-def kept(model):
-    """MiB that autograd keeps: [..., V], and the rest."""
-    found = {True: 0, False: 0}
-
-    def count(t):
-        found[t.dim() > 1 and t.shape[-1] == V] += t.nbytes / 2**20
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-        out = model(input_ids=ids, labels=ids)
-    return out, found
-
-
 with plainly():
-    stock, sizes = kept(model)
+    stock, sizes = kept(model, ids)
     liger_patch.auto(model)
-    ours, sizes_ours = kept(model)
+    ours, sizes_ours = kept(model, ids)
     logits = ours.logits + 0  # whoever computes with them gets them, made now
-fig, ax = course.figure(7.5, 1.7)
-ax.barh(["patched", "stock"], [sizes_ours[True], sizes[True]], color=course.PALETTE[0], label="[tokens, V]: logits and their like")
-ax.barh(
-    ["patched", "stock"], [sizes_ours[False], sizes[False]], left=[sizes_ours[True], sizes[True]], color=course.PALETTE[7], label="all else"
-)
-ax.set(xlabel="MiB kept for the backward, 128 tokens", xlim=(0, 11))
-ax.legend(fontsize=8, loc="center right")
 print(f"loss: stock {float(stock.loss.detach()):.6f}, patched {float(ours.loss.detach()):.6f}")
 print(
     f"outputs.logits is a {type(ours.logits).__name__}; computed with, the largest difference is {float((logits - stock.logits).detach().abs().max()):.1e}"
 )
-fig
+draw_kept(stock=sizes, patched=sizes_ours)
 
 # %% [markdown]
 # What it keeps in place of logits is the gradient of the weight, which the loss makes in the forward; that has the weight's size, whatever the number of tokens. Read in
